@@ -1,0 +1,148 @@
+"""What a session is made of: its model shape and its codec. Frozen values, validated, with stable fingerprints."""
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Kind = Literal["keys", "values"]
+KINDS: tuple[Kind, Kind] = ("keys", "values")
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelShape(Frozen):
+    """The attention of one model: K and V have `head_dim` channels in every layer, RoPE is already applied to K."""
+
+    layers: Annotated[int, Field(ge=1, le=1024)]
+    kv_heads: Annotated[int, Field(ge=1, le=256)]
+    query_heads: Annotated[int, Field(ge=1, le=1024)]
+    head_dim: Annotated[int, Field(ge=32, le=256, multiple_of=32)]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    sm_scale: Annotated[float, Field(gt=0)]
+    logit_soft_cap: Annotated[float, Field(ge=0)] = 0.0
+    """cap * tanh(logit / cap) before softmax; 0 means none."""
+    model_fingerprint: Annotated[str, Field(max_length=256)] = ""
+    """Model, revision and RoPE settings, as the worker names them; compared, never interpreted."""
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> "ModelShape":
+        if self.query_heads % self.kv_heads:
+            raise ValueError(f"query_heads {self.query_heads} is not a multiple of kv_heads {self.kv_heads}")
+        return self
+
+    @property
+    def raw_bytes_per_token(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def fingerprint(self) -> str:
+        return digest_of(self)
+
+
+class Raw(Frozen):
+    """The session's dtype, bit for bit."""
+
+    name: Literal["raw"] = "raw"
+
+
+class Qjl(Frozen):
+    """Signs of a block-orthogonal projection (QJL, arXiv 2406.03482): `bits` rows a head.
+
+    `scale` `ip` keeps <k, k^> exact and is unbiased; `paper` is sqrt(pi/2)/m |k|. Channels in `outlier_channels` get
+    a second, disjoint sketch of `outlier_bits` rows and their own scale.
+    """
+
+    name: Literal["qjl"] = "qjl"
+    bits: Annotated[int, Field(ge=32, le=4096, multiple_of=32)] = 256
+    scale: Literal["ip", "paper"] = "ip"
+    basis: Literal["haar", "hadamard"] = "haar"
+    seed: Seed = 0
+    outlier_channels: Annotated[tuple[Annotated[int, Field(ge=0, lt=256)], ...], Field(max_length=128)] = ()
+    outlier_bits: Annotated[int, Field(ge=32, le=4096, multiple_of=32)] = 64
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Qjl":
+        if list(self.outlier_channels) != sorted(set(self.outlier_channels)):
+            raise ValueError("outlier_channels must be sorted and distinct")
+        return self
+
+
+class Rotated(Frozen):
+    """A data-oblivious rotation, then `planes` bits a coordinate with one inner-product-preserving scale a token."""
+
+    name: Literal["rotated"] = "rotated"
+    planes: Annotated[int, Field(ge=1, le=6)] = 4
+    basis: Literal["haar", "hadamard"] = "hadamard"
+    seed: Seed = 0
+
+
+class Affine(Frozen):
+    """Min/max of groups of 32 channels a token (QJL's and KIVI's value quantiser), `planes` bits."""
+
+    name: Literal["affine"] = "affine"
+    planes: Annotated[int, Field(ge=1, le=8)] = 2
+
+
+KindCodec = Annotated[Raw | Qjl | Rotated | Affine, Field(discriminator="name")]
+
+
+class LayerOverride(Frozen):
+    """Another codec for some layers. Negative layers count from the end; what is None stays as the session's."""
+
+    layers: Annotated[tuple[int, ...], Field(min_length=1, max_length=1024)]
+    keys: KindCodec | None = None
+    values: KindCodec | None = None
+
+
+class CodecSpec(Frozen):
+    """How a session's vectors become what is stored."""
+
+    keys: KindCodec
+    values: KindCodec
+    overrides: Annotated[tuple[LayerOverride, ...], Field(max_length=64)] = ()
+    """Later overrides win."""
+    sink_tokens: Annotated[int, Field(ge=0, le=256)] = 4
+    """The first positions, kept exactly: they carry outlier norms."""
+    mean: Literal["none", "session"] = "session"
+    """`session` subtracts the mean vector of the session's own first tokens, per layer, KV head and kind."""
+    fit_tokens: Annotated[int, Field(ge=1, le=4096)] = 256
+    """Non-sink tokens that must be there before means are computed; until then tokens stay exact."""
+
+    def for_layer(self, layer: int, kind: Kind, layers: int) -> Raw | Qjl | Rotated | Affine:
+        """The codec of one layer and kind in a model of `layers` layers."""
+        chosen = getattr(self, kind)
+        for override in self.overrides:
+            if layer in {i % layers for i in override.layers} and getattr(override, kind) is not None:
+                chosen = getattr(override, kind)
+        return chosen
+
+    @property
+    def needs_fit(self) -> bool:
+        codecs = [self.keys, self.values, *(c for o in self.overrides for c in (o.keys, o.values) if c is not None)]
+        return self.mean == "session" and any(codec.name != "raw" for codec in codecs)
+
+    @property
+    def fingerprint(self) -> str:
+        return digest_of(self)
+
+
+RAW = CodecSpec(keys=Raw(), values=Raw(), sink_tokens=0, mean="none")
+"""Everything bit for bit."""
+
+DEFAULT = CodecSpec(
+    keys=Rotated(planes=4),
+    values=Rotated(planes=4),
+)
+"""Calibration-free, about 0.27 of fp16."""
+
+
+def digest_of(value: BaseModel) -> str:
+    """sha256 over the canonical JSON of a frozen value: equal values have equal digests on every machine."""
+    text = json.dumps(value.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,49 @@
+"""The seam to whatever keeps objects: immutable, written once, named by path-like keys."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+Buffer = bytes | bytearray | memoryview
+
+
+class ObjectStore(Protocol):
+    """Keys are `/`-separated; objects are never overwritten, so a successful put is a commit.
+
+    Raises kvstore_server.errors: ResourceExhausted (DISK_FULL) when nothing was written, Unavailable when the outcome
+    is unknown. Blocking: callers run it in a worker thread.
+    """
+
+    def put_if_absent(self, key: str, parts: Sequence[Buffer]) -> bool:
+        """Durably creates `key` from the concatenated parts; False, changing nothing, if it exists already.
+
+        True means: fsynced (data, name and every new folder) or acknowledged by the object store.
+        """
+        ...
+
+    def get(self, key: str) -> bytes | memoryview:
+        """The whole object; KeyError if there is none. Before an object is first served its folder is fsynced."""
+        ...
+
+    def get_range(self, key: str, start: int, end: int) -> bytes | memoryview:
+        """Bytes [start, end), shorter at the object's end; KeyError if there is none."""
+        ...
+
+    def list(self, prefix: str, start_after: str = "") -> list[str]:
+        """Keys below the folder `prefix` (recursively) that sort after `start_after`, sorted."""
+        ...
+
+    def list_folders(self, prefix: str) -> list[str]:
+        """Names of the folders directly below the folder `prefix`, sorted."""
+        ...
+
+    def size(self, key: str) -> int:
+        """Bytes of the object; KeyError if there is none."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Removes the object; nothing happens if there is none."""
+        ...
+
+    def probe(self) -> None:
+        """Proves that a second create of one name is refused; raises Unavailable if the store does not keep that."""
+        ...
