@@ -1,0 +1,106 @@
+"""Every bound of the service in one place. GetServerInfo publishes them; an error that names a limit names its field here."""
+
+import re
+from typing import Annotated, Final
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MIB: Final = 1 << 20
+PROTOCOL_OVERHEAD_BYTES: Final = 64 << 10
+"""Room in one message for everything that is not a tensor's data."""
+
+SESSION_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
+"""What a session may be called, for `fullmatch`. Names that start with `_` are the store's own."""
+
+Count = Annotated[int, Field(ge=1, le=2**53)]
+"""Bounded so that every reader of the published limits, JavaScript too, holds them exactly."""
+
+
+class Limits(BaseModel):
+    """Bounds on requests, queues and waits; all are at least 1 and whole."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    message_bytes_max: Annotated[int, Field(ge=MIB, le=1 << 30)] = 16 * MIB
+    """One gRPC message, either way."""
+    frame_bytes_max: Count = 4 * MIB
+    """The data of one Append frame or one Fetch part."""
+
+    append_tokens_max: Count = 16_384
+    """Tokens of one append."""
+    append_bytes_max: Count = 512 * MIB
+    """The data of one append, all frames together."""
+    append_block_hashes_max: Count = 4_096
+    """Token-block hashes in one Append header."""
+    appends_inflight_max: Count = 8
+    """Appends that are received or committed at one time."""
+    appends_inflight_bytes_max: Count = 1024 * MIB
+    """Declared bytes of the appends in flight, together."""
+
+    session_tokens_max: Count = 1 << 22
+    """Length of a session."""
+    codec_json_bytes_max: Count = 64 << 10
+    """The codec of one CreateSession."""
+    list_page_max: Count = 1_000
+    """Sessions in one page of ListSessions."""
+    fork_ancestors_max: Annotated[int, Field(ge=1, le=64)] = 64
+    """Sessions that one session may share tokens with."""
+
+    layers_max: Annotated[int, Field(ge=1, le=1024)] = 256
+    """Layers of a model."""
+    kv_heads_max: Annotated[int, Field(ge=1, le=256)] = 128
+    """KV heads of a layer."""
+    query_heads_max: Annotated[int, Field(ge=1, le=1024)] = 256
+    """Query heads of a layer."""
+
+    query_rows_max: Count = 1_024
+    """Query tokens in one Score, TopK or Attend step."""
+    query_logits_max: Count = 1 << 31
+    """Query tokens x query heads x stored tokens of one call or step: what it costs."""
+    topk_max: Count = 4_096
+    """k of one TopK, its oversampling counted in."""
+    topk_results_max: Count = 1 << 20
+    """Query tokens x query heads x k of one TopK."""
+    fetch_bytes_max: Count = 1024 * MIB
+    """The data of one Fetch, all parts together."""
+    queries_inflight_max: Count = 256
+    """Score, TopK and Fetch calls that are queued or computed at one time."""
+
+    attend_streams_max: Count = 256
+    """Attend streams that are open at one time."""
+    attend_handles_max: Count = 1_024
+    """Sessions bound on one Attend stream."""
+    attend_items_max: Count = 256
+    """Items of one Attend step."""
+    attend_inflight_steps_max: Count = 64
+    """Steps of one Attend stream that are queued or computed."""
+    attend_inflight_bytes_max: Count = 64 * MIB
+    """Query bytes of those steps, together."""
+    attend_idle_seconds_max: Count = 600
+    """How long an Attend stream may say nothing."""
+
+    deadline_default_seconds: Count = 30
+    """For a call or step that names no deadline."""
+    deadline_seconds_max: Count = 600
+    """Longer deadlines are cut to this."""
+    write_seconds_max: Count = 30
+    """How long one message may wait for a client that does not read."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Limits":
+        smaller_first = [
+            ("frame_bytes_max", "append_bytes_max"),
+            ("append_bytes_max", "appends_inflight_bytes_max"),
+            ("append_tokens_max", "session_tokens_max"),
+            ("deadline_default_seconds", "deadline_seconds_max"),
+        ]
+        for small, large in smaller_first:
+            if getattr(self, small) > getattr(self, large):
+                raise ValueError(f"{small} {getattr(self, small)} is more than {large} {getattr(self, large)}")
+        if self.frame_bytes_max + PROTOCOL_OVERHEAD_BYTES > self.message_bytes_max:
+            raise ValueError(f"a frame of frame_bytes_max {self.frame_bytes_max} does not fit message_bytes_max")
+        return self
+
+    def as_dict(self) -> dict[str, int]:
+        """Name to value, as GetServerInfo publishes them."""
+        return self.model_dump()
