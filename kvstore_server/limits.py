@@ -1,4 +1,4 @@
-"""Every bound of the service in one place. GetServerInfo publishes them; an error that names a limit names its field here."""
+"""Every bound of the service. GetServerInfo publishes them; an error that names a limit names its field here."""
 
 import re
 from typing import Annotated, Final

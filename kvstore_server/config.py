@@ -1,0 +1,273 @@
+"""The settings: one YAML file, overridden by KVSTORE__SECTION__KEY, overridden by the command line."""
+
+import os
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from kvstore_codecs.spec import DEFAULT, CodecSpec
+from kvstore_server.limits import Limits
+
+ENV_PREFIX = "KVSTORE__"
+Tree = dict[str, Any]
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+
+
+class ConfigError(Exception):
+    """The settings cannot be used; the text names each key and why."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to listen; port 0 takes a free one."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, value: object) -> object:
+        """`host:port` or `[ipv6]:port`; what is no text is left for pydantic to refuse."""
+        if not isinstance(value, str):
+            return value
+        host, _, port = value.rpartition(":")
+        if not (host and port.isascii() and port.isdigit() and int(port) < 1 << 16):
+            raise ValueError(f"{value!r} is not host:port with a port below 65536")
+        if (":" in host) != (host.startswith("[") and host.endswith("]")):
+            raise ValueError("an IPv6 host is written in brackets, as in [::1]:7700")
+        return cls(host.strip("[]"), int(port))
+
+    @property
+    def is_loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+AddressText = Annotated[Address, NoDecode, BeforeValidator(Address.parse)]
+
+
+class Listen(Section):
+    """Where the service answers."""
+
+    address: AddressText = Address("127.0.0.1", 7700)
+    """gRPC: the store, health and reflection."""
+    metrics_address: AddressText | None = Address("127.0.0.1", 7701)
+    """HTTP /metrics; null switches it off."""
+    reflection: bool = False
+    """Describe the API to anyone who asks (grpc.reflection.v1alpha)."""
+    insecure: bool = False
+    """Allow addresses that other machines reach, although there is no authentication."""
+
+    @model_validator(mode="after")
+    def _guarded(self) -> "Listen":
+        for name, address in (("address", self.address), ("metrics_address", self.metrics_address)):
+            if address is not None and not self.insecure and not address.is_loopback:
+                raise ValueError(f"{name} {address} can be reached from other machines; set insecure to allow that")
+        return self
+
+
+class Storage(Section):
+    """Where the facts are."""
+
+    url: str = "kvstore-data"
+    """A local folder, as a path or as file:///path."""
+
+    @field_validator("url")
+    @classmethod
+    def _local(cls, value: str) -> str:
+        if not value.strip() or "\0" in value:
+            raise ValueError("must name a folder")
+        if "://" in value and not value.startswith("file:///"):
+            raise ValueError("only a local folder is supported: a path or file:///path")
+        return value
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.url.removeprefix("file://"))
+
+
+class Index(Section):
+    """Where derived facts are kept."""
+
+    url: str = "memory"
+    """`memory`, or redis://host:port/db, rediss:// (TLS) or unix:///socket to share it between servers."""
+    password: SecretStr | None = None
+    """Of Redis; never in the url, which is logged."""
+    password_file: Path | None = None
+    """A file that holds the password."""
+    timeout_seconds: Seconds = 1.0
+    """How long one command to Redis may take."""
+
+    @field_validator("url")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value == "memory":
+            return value
+        if not value.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("must be memory, redis://, rediss:// or unix://")
+        if urlsplit(value).password is not None:
+            raise ValueError("holds a password: use index.password or index.password_file instead")
+        return value
+
+    @model_validator(mode="after")
+    def _one_password(self) -> "Index":
+        if self.password is not None and self.password_file is not None:
+            raise ValueError("password and password_file are both set")
+        return self
+
+    def read_password(self) -> str | None:
+        """The password, if there is one; ConfigError if its file cannot be read."""
+        if self.password_file is None:
+            return self.password.get_secret_value() if self.password else None
+        try:
+            return self.password_file.read_text().strip()
+        except OSError as error:
+            raise ConfigError(f"index.password_file: {error}") from error
+
+
+class Device(Section):
+    """Where queries are computed."""
+
+    name: Annotated[str, Field(pattern=r"^(auto|cpu|cuda:\d{1,2})$")] = "auto"
+    """`cpu`, `cuda:N`, or `auto`: the first CUDA device, else the CPU."""
+    memory_bytes_max: Annotated[int, Field(ge=64 << 20)] | None = None
+    """What sessions, bases and staging may take on a CUDA device; null is 80 % of what is free at the start."""
+
+
+class Memory(Section):
+    """Host memory."""
+
+    host_bytes_max: Annotated[int, Field(ge=64 << 20)] = 4 << 30
+    """What loaded sessions may take; the least recently used go first, and are read again from the store."""
+
+
+class Log(Section):
+    """What is written to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severe lines that are written."""
+    format: Literal["text", "json"] = "text"
+    """`json` writes one object a line."""
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Read once at the start, by `load`."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        env_parse_none_str="null",
+        use_attribute_docstrings=True,
+    )
+
+    listen: Listen = Listen()
+    storage: Storage = Storage()
+    index: Index = Index()
+    device: Device = Device()
+    memory: Memory = Memory()
+    limits: Limits = Limits()
+    log: Log = Log()
+    codec: CodecSpec = DEFAULT
+    """For sessions that are created without one (docs/codecs.md)."""
+    drain_seconds: Seconds = 30.0
+    """How long a stopping server answers what it has admitted."""
+    staleness_seconds: Seconds = 2.0
+    """For how long another server's delete or append may go unnoticed."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
+def load(file: Path | None = None, overrides: Tree | None = None) -> Settings:
+    """The settings from `file` (default: what KVSTORE_CONFIG names, if anything), the environment and `overrides`.
+
+    `overrides` has the file's form: {"listen": {"insecure": True}}. Raises ConfigError, one line for each wrong key.
+    """
+    if file is None and (named := os.environ.get("KVSTORE_CONFIG")):
+        file = Path(named)
+    if unknown := [name for name in os.environ if name.upper().startswith(ENV_PREFIX) and not _is_known(name)]:
+        raise ConfigError("\n".join(f"{name}: unknown key" for name in sorted(unknown)))
+    document = {} if file is None else _read(file)
+    try:
+        return Settings(**_merged(_merged(document, EnvSettingsSource(Settings)()), overrides or {}))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_line(each) for each in error.errors())) from None
+    except SettingsError as error:
+        raise ConfigError(f"environment: {error}") from error
+
+
+def _read(file: Path) -> Tree:
+    try:
+        document = yaml.safe_load(file.read_bytes())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: {error}") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict) or not all(isinstance(key, str) for key in cast(dict[object, Any], document)):
+        raise ConfigError(f"{file}: must map the names of settings to values")
+    return cast(Tree, document)
+
+
+def _merged(below: Tree, above: Tree) -> Tree:
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        both = isinstance(under, dict) and isinstance(value, dict)
+        merged[key] = _merged(cast(Tree, under), cast(Tree, value)) if both else value
+    return merged
+
+
+def _is_known(env_name: str) -> bool:
+    section, *keys = env_name[len(ENV_PREFIX) :].lower().split("__")
+    field = Settings.model_fields.get(section)
+    if field is None or not keys:
+        return field is not None
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def _line(error: ErrorDetails) -> str:
+    why = "unknown key" if error["type"] == "extra_forbidden" else error["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(map(str, error['loc']))}: {why}"
