@@ -1,19 +1,86 @@
-"""What one append stores of one layer and kind."""
+"""One layer and kind of one append: made from vectors, or checked when a client made it."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from kvstore_kernels.types import Signs
+from kvstore_codecs.plan import KindPlan, SignPlan
+from kvstore_codecs.spec import ModelShape
+from kvstore_kernels.types import NonFiniteError, ScaleRangeError, Signs, as_torch_dtype
+
+if TYPE_CHECKING:
+    from kvstore_kernels.backend import Backend
 
 
 @dataclass(frozen=True)
 class KindRows:
-    """One layer and kind of one append of n tokens, of which the first `exact` are exact.
+    """One layer and kind of an append of n tokens, of which the first `exact` stay as they are.
 
-    `rows` is [r, H, D] in the session's dtype: all n tokens of a DensePlan, the exact ones of a SignPlan. `signs` are the
-    other n - exact tokens of a SignPlan, None for a DensePlan.
+    `rows` [r, H, D] is in the session's dtype, with r = n for a DensePlan, else r = exact. `signs` are the other
+    n - exact tokens for a SignPlan; None for a DensePlan.
     """
 
     rows: Tensor
     signs: Signs | None
+
+
+def encode_kind(x: Tensor, plan: KindPlan, exact: int, backend: "Backend") -> KindRows:
+    """What is stored of x [n, H, D], given in the session's dtype; exact rows are views of it.
+
+    Raises NonFiniteError or ScaleRangeError with the token counted from the start of x.
+    """
+    if not isinstance(plan, SignPlan):
+        _check_finite(x)
+        return KindRows(x, None)
+    rows = x[:exact]
+    _check_finite(rows)
+    try:
+        return KindRows(rows, backend.encode(x[exact:], plan.encoder))
+    except (NonFiniteError, ScaleRangeError) as error:
+        raise type(error)(error.token + exact, error.head) from None
+
+
+def check_kind(kind_rows: KindRows, plan: KindPlan, shape: ModelShape, tokens: int, exact: int) -> None:
+    """ValueError, saying what, unless a sketch made elsewhere is one that this plan could have made.
+
+    Every row count is a multiple of 32, so words have no padding bits; every pattern of them is a valid sketch.
+    """
+    rows, signs = kind_rows.rows, kind_rows.signs
+    kept = exact if isinstance(plan, SignPlan) else tokens
+    _check_tensor("rows", rows, (kept, shape.kv_heads, shape.head_dim), as_torch_dtype(shape.dtype))
+    _check_finite(rows)
+    if not isinstance(plan, SignPlan):
+        if signs is not None:
+            raise ValueError("signs: this layer and kind are kept as rows")
+        return
+    if signs is None:
+        raise ValueError("signs: this layer and kind are kept as signs")
+    layout = plan.layout
+    _check_tensor("words", signs.words, (tokens - exact, layout.words), torch.int32)
+    _check_tensor("scales", signs.scales, (tokens - exact, layout.scales), torch.float16)
+    if not signs.scales.isfinite().all():
+        raise ValueError("scales: NaN or Inf")
+    if (signs.scales[:, _alphas(plan)] < 0).any():
+        raise ValueError("scales: a negative alpha")
+
+
+def _alphas(plan: SignPlan) -> Tensor:
+    """Which of a token's scales are alphas; the others are offsets."""
+    starts, groups = plan.layout.scale_starts, plan.layout.groups
+    return torch.tensor(
+        [start + g for start, end in zip(starts, starts[1:], strict=False) if end > start for g in range(groups)]
+    )
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    empty = tensor.numel() == 0 and 0 in shape and tensor.shape[0] == shape[0]
+    if tensor.dtype != dtype or not (empty or tensor.shape == shape):
+        raise ValueError(f"{name}: {tensor.dtype} {[*tensor.shape]} instead of {dtype} {[*shape]}")
+
+
+def _check_finite(x: Tensor) -> None:
+    bad = (~x.isfinite().all(dim=-1)).nonzero()
+    if len(bad):
+        raise NonFiniteError(int(bad[0, 0]), int(bad[0, 1]))

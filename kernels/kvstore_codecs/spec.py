@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -12,11 +13,11 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class Frozen(BaseModel, frozen=True):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class ModelShape(Frozen):
+class ModelShape(Frozen, frozen=True):
     """The attention of one model: K and V have `head_dim` channels in every layer, RoPE is already applied to K."""
 
     layers: Annotated[int, Field(ge=1, le=1024)]
@@ -45,13 +46,13 @@ class ModelShape(Frozen):
         return digest_of(self)
 
 
-class Raw(Frozen):
+class Raw(Frozen, frozen=True):
     """The session's dtype, bit for bit."""
 
     name: Literal["raw"] = "raw"
 
 
-class Qjl(Frozen):
+class Qjl(Frozen, frozen=True):
     """Signs of a block-orthogonal projection (QJL, arXiv 2406.03482): `bits` rows a head.
 
     `scale` `ip` keeps <k, k^> exact and is unbiased; `paper` is sqrt(pi/2)/m |k|. Channels in `outlier_channels` get
@@ -73,7 +74,7 @@ class Qjl(Frozen):
         return self
 
 
-class Rotated(Frozen):
+class Rotated(Frozen, frozen=True):
     """A data-oblivious rotation, then `planes` bits a coordinate with one inner-product-preserving scale a token."""
 
     name: Literal["rotated"] = "rotated"
@@ -82,7 +83,7 @@ class Rotated(Frozen):
     seed: Seed = 0
 
 
-class Affine(Frozen):
+class Affine(Frozen, frozen=True):
     """Min/max of groups of 32 channels a token (QJL's and KIVI's value quantiser), `planes` bits."""
 
     name: Literal["affine"] = "affine"
@@ -92,7 +93,7 @@ class Affine(Frozen):
 KindCodec = Annotated[Raw | Qjl | Rotated | Affine, Field(discriminator="name")]
 
 
-class LayerOverride(Frozen):
+class LayerOverride(Frozen, frozen=True):
     """Another codec for some layers. Negative layers count from the end; what is None stays as the session's."""
 
     layers: Annotated[tuple[int, ...], Field(min_length=1, max_length=1024)]
@@ -100,7 +101,7 @@ class LayerOverride(Frozen):
     values: KindCodec | None = None
 
 
-class CodecSpec(Frozen):
+class CodecSpec(Frozen, frozen=True):
     """How a session's vectors become what is stored."""
 
     keys: KindCodec
@@ -122,10 +123,17 @@ class CodecSpec(Frozen):
                 chosen = getattr(override, kind)
         return chosen
 
+    def codecs(self) -> Iterator[tuple[str, Raw | Qjl | Rotated | Affine]]:
+        """Every codec named in the spec, with the path of its field."""
+        for path, chosen in (("", self), *((f"overrides[{i}].", o) for i, o in enumerate(self.overrides))):
+            for kind in KINDS:
+                codec = getattr(chosen, kind)
+                if codec is not None:
+                    yield path + kind, codec
+
     @property
     def needs_fit(self) -> bool:
-        codecs = [self.keys, self.values, *(c for o in self.overrides for c in (o.keys, o.values) if c is not None)]
-        return self.mean == "session" and any(codec.name != "raw" for codec in codecs)
+        return self.mean == "session" and any(codec.name != "raw" for _, codec in self.codecs())
 
     @property
     def fingerprint(self) -> str:
