@@ -1527,8 +1527,13 @@ class FetchHeader(_message.Message):
     TOKEN_END_FIELD_NUMBER: _builtins.int
     MEAN_KEYS_FIELD_NUMBER: _builtins.int
     MEAN_VALUES_FIELD_NUMBER: _builtins.int
+    FIT_TOKEN_START_FIELD_NUMBER: _builtins.int
+    FIT_TOKEN_END_FIELD_NUMBER: _builtins.int
     token_start: _builtins.int
     token_end: _builtins.int
+    fit_token_start: _builtins.int
+    """The tokens the means were taken from: part of the fit's identity."""
+    fit_token_end: _builtins.int
     @_builtins.property
     def session(self) -> Global___Session: ...
     @_builtins.property
@@ -1545,10 +1550,12 @@ class FetchHeader(_message.Message):
         token_end: _builtins.int = ...,
         mean_keys: Global___Tensor | None = ...,
         mean_values: Global___Tensor | None = ...,
+        fit_token_start: _builtins.int = ...,
+        fit_token_end: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_mean_keys", b"_mean_keys", "_mean_values", b"_mean_values", "mean_keys", b"mean_keys", "mean_values", b"mean_values", "session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_keys", b"_mean_keys", "_mean_values", b"_mean_values", "mean_keys", b"mean_keys", "mean_values", b"mean_values", "session", b"session", "token_end", b"token_end", "token_start", b"token_start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_keys", b"_mean_keys", "_mean_values", b"_mean_values", "fit_token_end", b"fit_token_end", "fit_token_start", b"fit_token_start", "mean_keys", b"mean_keys", "mean_values", b"mean_values", "session", b"session", "token_end", b"token_end", "token_start", b"token_start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__mean_keys: _TypeAlias = _typing.Literal["mean_keys"]  # noqa: Y015
     _WhichOneofArgType__mean_keys: _TypeAlias = _typing.Literal["_mean_keys", b"_mean_keys"]  # noqa: Y015
