@@ -1,4 +1,4 @@
-"""A codec made concrete for one model shape and one fit: what each layer and kind stores and how it is made and read."""
+"""A codec made concrete for one model shape and one fit: what each layer and kind stores, how it is made and read."""
 
 import hashlib
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ class NotFittedError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """The session statistics of one epoch: means over its own tokens [token_start, token_end), float32 [layers, H, D]."""
+    """Statistics of a session: means of its own tokens [token_start, token_end), float32 [layers, H, D] each."""
 
     mean_keys: Tensor
     mean_values: Tensor
@@ -93,7 +93,7 @@ class CodecPlan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the spec, the shape, the basis bytes and the fit: equal fingerprints store equal bytes for equal input."""
+        """Hash of spec, shape, basis bytes and fit: equal fingerprints store equal bytes for equal input."""
         fit = "" if self.fit is None else self.fit.fingerprint
         parts = (self.spec.fingerprint, self.shape.fingerprint, self.basis_fingerprint, fit)
         return digest_of("\n".join(parts), ())

@@ -1,7 +1,8 @@
 """Constants of uniform sign planes on a unit normal coordinate, computed from the normal distribution itself.
 
-A coordinate z ~ N(0, 1) stored with b planes has the natural-binary index of a uniform quantiser of width STEP[b] centred
-on zero, outer cells open; plane p is t_p = +-1, most significant first. A reader of the first r planes sees sum_p w_p t_p.
+A coordinate z ~ N(0, 1) stored with b planes has the natural-binary index of a uniform quantiser of width STEP[b]
+centred on zero, outer cells open; plane p is t_p = +-1, most significant first. A reader of the first r planes sees
+y = sum_p w_p t_p.
 """
 
 from dataclasses import dataclass

@@ -40,7 +40,7 @@ class _Group:
 
 
 def qjl_plan(codec: Qjl, d: int, heads: int, seed: str) -> SignPlan:
-    """Words of outlier rows come first and every level reads them; level i reads fewer inlier rows: see `level_rows`."""
+    """Words of outlier rows come first and every level reads them; `level_rows` says how many inlier rows it reads."""
     groups = _groups(codec, d, seed)
     order = groups[::-1]
     layout = SignLayout(

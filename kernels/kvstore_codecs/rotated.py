@@ -1,7 +1,7 @@
 """`rotated`: a data-oblivious rotation, then b uniform sign planes a coordinate and one scale a token.
 
-The rotation makes every coordinate of any vector nearly normal, so one scalar quantiser fits all; the scale keeps <x, x^>
-exact, which makes the code unbiased over rotations (the TurboQuant and RaBitQ family, without a second stage).
+The rotation makes every coordinate of any vector nearly normal, so one scalar quantiser fits all; the scale keeps
+<x, x^> exact, which makes the code unbiased over rotations (the TurboQuant and RaBitQ family, without a second stage).
 """
 
 import torch

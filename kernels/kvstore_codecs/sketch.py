@@ -1,6 +1,7 @@
 """One layer and kind of one append: made from vectors, or checked when a client made it."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,10 +69,8 @@ def check_kind(kind_rows: KindRows, plan: KindPlan, shape: ModelShape, tokens: i
 
 def _alphas(plan: SignPlan) -> Tensor:
     """Which of a token's scales are alphas; the others are offsets."""
-    starts, groups = plan.layout.scale_starts, plan.layout.groups
-    return torch.tensor(
-        [start + g for start, end in zip(starts, starts[1:], strict=False) if end > start for g in range(groups)]
-    )
+    starts = [start for start, end in pairwise(plan.layout.scale_starts) if end > start]
+    return torch.tensor([start + group for start in starts for group in range(plan.layout.groups)], dtype=torch.int64)
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
