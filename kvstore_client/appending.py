@@ -1,0 +1,106 @@
+"""Appending a block of any size: cut into atomic pieces, sent in order, resumed where the server stands."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from kvstore_client.errors import AlreadyExists, FailedPrecondition, OutOfRange, invalid
+from kvstore_client.frames import Block, raw_frames
+from kvstore_client.info import SessionInfo, session_from
+from kvstore_client.link import Link
+from kvstore_client.rpcs import APPEND, GET_SESSION
+from kvstore_client.wire import Frame
+from kvstore_proto.v1 import kvstore_pb2 as pb
+
+if TYPE_CHECKING:
+    from kvstore_client.sketching import Sketcher
+
+RESUMES_MAX = 8
+"""How often one append may be sent back to an earlier length; a server that keeps doing so is broken."""
+
+
+class Appender:
+    """Appends of one session, one at a time."""
+
+    def __init__(self, link: Link, info: SessionInfo) -> None:
+        self._link, self._info = link, info
+        self._lock = asyncio.Lock()
+        self._sketcher: Sketcher | None = None
+        self._encodes = True
+        self.length = info.length
+        """What the server has acknowledged to this handle."""
+
+    async def append(self, block: Block, start: int | None, encode: bool, timeout: float) -> int:
+        """See Session.append."""
+        piece_tokens = await self._piece_tokens(timeout)
+        async with self._lock:
+            first = position = self.length if start is None else start
+            resumes = 0
+            while position < first + block.tokens:
+                piece = block.slice(position - first, position - first + piece_tokens)
+                try:
+                    await self._send(piece, position, encode, timeout)
+                except OutOfRange as error:
+                    resumes += 1
+                    if error.length is None or not first <= error.length < position or resumes > RESUMES_MAX:
+                        raise
+                    position = error.length
+                else:
+                    position += piece.tokens
+                    self.length = max(self.length, position)
+            return self.length
+
+    async def _piece_tokens(self, timeout: float) -> int:
+        """Tokens of one atomic append; the same for every append, so that a repeated one is cut the same way."""
+        server = await self._link.server(timeout)
+        token_bytes, bytes_max = self._info.shape.raw_bytes_per_token, server.limit("append_bytes_max")
+        if token_bytes > bytes_max:
+            raise invalid("k", f"one token takes {token_bytes} bytes, more than append_bytes_max", limit=bytes_max)
+        return min(server.limit("append_tokens_max"), bytes_max // token_bytes)
+
+    async def _send(self, piece: Block, start: int, encode: bool, timeout: float) -> None:
+        """One atomic append. Sketches that do not match what is stored are compared as vectors too: that is how an
+        append made before the fit, or by a writer that does not encode, is recognised."""
+        if encode and (sketcher := await self._ready_sketcher(timeout)) is not None:
+            frames = await asyncio.to_thread(sketcher.encode, piece, start)
+            header = self._header(piece, start, sum(frame.data.nbytes for frame in frames))
+            header.encoding, header.fit_fingerprint = pb.ENCODING_SKETCH, sketcher.plan.fingerprint
+            try:
+                await self._upload(header, frames, timeout)
+            except FailedPrecondition:
+                self._sketcher = None
+            except AlreadyExists:
+                pass
+            else:
+                return
+        header = self._header(piece, start, piece.tokens * self._info.shape.raw_bytes_per_token)
+        header.encoding = pb.ENCODING_RAW
+        await self._upload(header, piece, timeout)
+
+    async def _ready_sketcher(self, timeout: float) -> "Sketcher | None":
+        """None before the session is fitted, and for good where this machine cannot encode as the server does."""
+        spec = self._info.codec
+        fit_length = spec.sink_tokens + spec.fit_tokens if spec.needs_fit else 0
+        if self._sketcher is None and self._encodes and (self._info.fitted or self.length >= fit_length):
+            request = pb.GetSessionRequest(name=self._info.name)
+            reply = await self._link.unary(GET_SESSION, request, timeout=timeout, affinity=self._info.affinity)
+            info = session_from(reply.session)
+            if info.fitted and info.generation == self._info.generation:
+                from kvstore_client.sketching import sketcher_for
+
+                self._sketcher = await sketcher_for(self._link, info, timeout)
+                self._encodes = self._sketcher is not None
+        return self._sketcher
+
+    def _header(self, piece: Block, start: int, size: int) -> pb.AppendHeader:
+        info = self._info
+        return pb.AppendHeader(
+            session=info.name, generation=info.generation, start=start, tokens=piece.tokens, bytes=size
+        )
+
+    async def _upload(self, header: pb.AppendHeader, body: Block | list[Frame], timeout: float) -> None:
+        def requests() -> Iterator[pb.AppendHeader | Frame]:
+            yield header
+            yield from raw_frames(body) if isinstance(body, Block) else body
+
+        await self._link.upload(APPEND, requests, timeout=timeout, affinity=self._info.affinity)

@@ -1,0 +1,158 @@
+"""The seam to gRPC: the only module of the client that imports it."""
+
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Protocol, TypeVar
+
+from google.protobuf.message import DecodeError
+from google.rpc.status_pb2 import Status
+from grpc import aio
+
+from kvstore_client.errors import KVStoreError, from_status
+from kvstore_client.rpcs import Rpc
+
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
+
+AFFINITY_KEY = "x-kv-affinity"
+STATUS_KEY = "grpc-status-details-bin"
+
+
+class Transport(Protocol):
+    """Carries calls to one service. Raises KVStoreError and nothing else for a call that fails.
+
+    `timeout` is in seconds; `affinity`, if not empty, lets a proxy keep one session's calls on one replica.
+    """
+
+    async def unary(
+        self, rpc: Rpc[Request, Reply], request: Request, *, timeout: float, affinity: str = ""
+    ) -> Reply: ...
+
+    async def upload(
+        self, rpc: Rpc[Request, Reply], requests: Iterable[Request], *, timeout: float, affinity: str = ""
+    ) -> Reply: ...
+
+    def download(
+        self, rpc: Rpc[Request, Reply], request: Request, *, timeout: float, affinity: str = ""
+    ) -> AsyncIterator[Reply]: ...
+
+    def duplex(
+        self, rpc: Rpc[Request, Reply], requests: AsyncIterator[Request], *, affinity: str = ""
+    ) -> AsyncIterator[Reply]:
+        """No deadline: the caller bounds each request on its own."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ChannelOptions:
+    """How the connection is kept."""
+
+    message_bytes_max: int = 17 << 20
+    """The service's 16 MiB with room for what frames it."""
+    keepalive_seconds: float = 30.0
+    """Idle time after which the connection is probed."""
+    keepalive_timeout_seconds: float = 10.0
+    """A probe without an answer for so long: the connection is gone."""
+    reconnect_seconds_max: float = 2.0
+    """Longest pause between attempts to connect; gRPC's own two minutes would outlast every deadline."""
+
+    def arguments(self) -> list[tuple[str, Any]]:
+        return [
+            ("grpc.max_send_message_length", self.message_bytes_max),
+            ("grpc.max_receive_message_length", self.message_bytes_max),
+            ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),
+            ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 1000),
+            ("grpc.max_reconnect_backoff_ms", int(self.reconnect_seconds_max * 1000)),
+            ("grpc.primary_user_agent", f"remote-kv-store-python/{_version()}"),
+            ("grpc.enable_retries", 0),
+        ]
+
+
+class GrpcTransport:
+    """Transport over one grpc.aio channel to `target` (`host:port`, `unix:path`, `dns:///name:port`), without TLS."""
+
+    def __init__(self, target: str, options: ChannelOptions = ChannelOptions()) -> None:
+        self._target = target
+        self._options = options
+        self._channel: aio.Channel | None = None
+
+    def _open(self) -> aio.Channel:
+        # Not in the constructor: a channel belongs to the event loop that runs when it is made.
+        if self._channel is None:
+            self._channel = aio.insecure_channel(self._target, options=self._options.arguments())
+        return self._channel
+
+    async def unary(self, rpc: Rpc[Request, Reply], request: Request, *, timeout: float, affinity: str = "") -> Reply:
+        call = self._open().unary_unary(rpc.path, rpc.encode, rpc.decode)
+        try:
+            return await call(request, timeout=timeout, metadata=_metadata(affinity))
+        except aio.AioRpcError as error:
+            raise _as_error(error) from None
+
+    async def upload(
+        self, rpc: Rpc[Request, Reply], requests: Iterable[Request], *, timeout: float, affinity: str = ""
+    ) -> Reply:
+        call = self._open().stream_unary(rpc.path, rpc.encode, rpc.decode)
+        try:
+            return await call(iter(requests), timeout=timeout, metadata=_metadata(affinity))
+        except aio.AioRpcError as error:
+            raise _as_error(error) from None
+
+    async def download(
+        self, rpc: Rpc[Request, Reply], request: Request, *, timeout: float, affinity: str = ""
+    ) -> AsyncIterator[Reply]:
+        call = self._open().unary_stream(rpc.path, rpc.encode, rpc.decode)
+        replies = call(request, timeout=timeout, metadata=_metadata(affinity))
+        try:
+            async for reply in replies:
+                yield reply
+        except aio.AioRpcError as error:
+            raise _as_error(error) from None
+        finally:
+            replies.cancel()
+
+    async def duplex(
+        self, rpc: Rpc[Request, Reply], requests: AsyncIterator[Request], *, affinity: str = ""
+    ) -> AsyncIterator[Reply]:
+        call = self._open().stream_stream(rpc.path, rpc.encode, rpc.decode)
+        replies = call(requests, metadata=_metadata(affinity))
+        try:
+            async for reply in replies:
+                yield reply
+        except aio.AioRpcError as error:
+            raise _as_error(error) from None
+        finally:
+            replies.cancel()
+
+    async def close(self) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+
+
+def _metadata(affinity: str) -> tuple[tuple[str, str], ...]:
+    return ((AFFINITY_KEY, affinity),) if affinity else ()
+
+
+def _as_error(error: aio.AioRpcError) -> KVStoreError:
+    status = Status(code=error.code().value[0], message=error.details() or "")
+    for key, value in error.trailing_metadata() or ():
+        if key == STATUS_KEY and isinstance(value, bytes):
+            try:
+                rich = Status.FromString(value)
+            except DecodeError:
+                continue
+            if rich.code == status.code:
+                status = rich
+    return from_status(status)
+
+
+def _version() -> str:
+    try:
+        return version("remote-kv-store")
+    except PackageNotFoundError:
+        return "0"
