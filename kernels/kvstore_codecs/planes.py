@@ -5,6 +5,7 @@ centred on zero, outer cells open; plane p is t_p = +-1, most significant first.
 y = sum_p w_p t_p.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -45,19 +46,40 @@ def plane_code(stored: int, read: int) -> PlaneCode:
     return PlaneCode(tuple(fitted.tolist()), float(fitted @ cross), float(fitted @ gram @ fitted))
 
 
-def level_weights(stored: int, read: int) -> tuple[float, ...]:
-    """The weights of a level, times the ratio of its scale to the stored one, which is rms / gain of all planes."""
-    ratio = plane_code(stored, stored).gain / plane_code(stored, read).gain
-    return tuple(round(ratio * weight, 6) for weight in plane_code(stored, read).weights)
+def level_weights(stored: int, read: int, d: int) -> tuple[float, ...]:
+    """The weights of a level, times the ratio of the scale it needs to the stored one.
+
+    Scales are rms / gain, with the gains of a coordinate of a random vector of length sqrt(d) instead of a normal one:
+    tokens are normalised, and the difference, of order 1 / d, would be a bias that all tokens share.
+    """
+    weights = plane_code(stored, read).weights
+    inner, signs = _cells(stored)
+    tails = np.maximum(1 - inner**2 / d, 0) ** ((d - 1) / 2) * mean_magnitude(d) * math.sqrt(d) / 2
+    cross = signs @ -np.diff(np.concatenate([[0], tails, [0]]))
+    ratio = np.dot(plane_code(stored, stored).weights, cross) / np.dot(weights, cross[:read])
+    return tuple(round(float(ratio * weight), 6) for weight in weights)
+
+
+def mean_magnitude(d: int) -> float:
+    """E|u_1| of a uniform unit vector u in R^d: Gamma(d/2) / (sqrt(pi) Gamma((d+1)/2)), by its recurrence."""
+    value, first = (1.0, 1) if d % 2 else (2 / math.pi, 2)
+    for n in range(first, d, 2):
+        value *= n / (n + 1)
+    return value
 
 
 def _moments(stored: int) -> tuple[np.ndarray, np.ndarray]:
-    """E[t_p t_q] and E[z t_p] by summing the quantiser's cells."""
-    cells = 2**stored
-    inner = [STEP[stored] * (i - cells // 2) for i in range(1, cells)]
+    """E[t_p t_q] and E[z t_p] of a unit normal z, by summing the quantiser's cells."""
+    inner, signs = _cells(stored)
     normal = NormalDist()
     mass = np.diff([0.0, *map(normal.cdf, inner), 1.0])
     first = -np.diff([0.0, *map(normal.pdf, inner), 0.0])
-    shifts = np.arange(stored - 1, -1, -1)[:, None]
-    signs = 2.0 * (np.arange(cells) >> shifts & 1) - 1
     return (signs * mass) @ signs.T, signs @ first
+
+
+def _cells(stored: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inner borders of the quantiser [2^b - 1] and t of every plane and cell [b, 2^b]."""
+    cells = 2**stored
+    inner = STEP[stored] * (np.arange(1, cells) - cells // 2)
+    shifts = np.arange(stored - 1, -1, -1)[:, None]
+    return inner, 2.0 * (np.arange(cells) >> shifts & 1) - 1

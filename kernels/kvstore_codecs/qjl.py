@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvstore_codecs.basis import block_orthogonal
 from kvstore_codecs.plan import SignPlan
+from kvstore_codecs.planes import mean_magnitude
 from kvstore_codecs.spec import Qjl
 from kvstore_kernels.types import WORD_ROWS, Expansion, HeadEncoder, SignEncoder, SignLayout
 
@@ -80,14 +81,6 @@ def level_rows(bits: int, d: int) -> tuple[int, ...]:
         unit = d if rows[-1] > d else WORD_ROWS
         rows.append(-(-rows[-1] // (2 * unit)) * unit)
     return tuple(rows)
-
-
-def mean_magnitude(d: int) -> float:
-    """E|u_1| of a uniform unit vector u in R^d: Gamma(d/2) / (sqrt(pi) Gamma((d+1)/2)), by its recurrence."""
-    value = 1.0 if d % 2 else 2 / math.pi
-    for n in range(1 if d % 2 else 2, d, 2):
-        value *= n / (n + 1)
-    return value
 
 
 def _groups(codec: Qjl, d: int, seed: str) -> tuple[_Group, ...]:

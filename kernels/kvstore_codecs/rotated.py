@@ -30,7 +30,7 @@ def rotated_plan(codec: Rotated, d: int, heads: int, seed: str) -> SignPlan:
     encoder = SignEncoder(layout, (head,) * heads, mean, support=torch.ones(1, d))
     levels = []
     for read in range(planes, 0, -1):
-        weights = level_weights(planes, read)
+        weights = level_weights(planes, read, d)
         noise = torch.zeros(read * d)
         noise[:d] = plane_code(planes, read).noise / plane_code(planes, read).weights[0] ** 2
         matrix = torch.cat([weight * rotation for weight in weights])
