@@ -1,0 +1,94 @@
+"""The seam to the index: what is known of sessions and can be rebuilt from the store, and news of their growth."""
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from typing import Annotated, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kvstore_server.limits import SESSION_NAME
+
+REMOVED_KEPT_SECONDS = 3_600
+"""How long a removed generation is remembered, so that a late put of it does not bring it back."""
+
+Name = Annotated[str, Field(pattern=f"^{SESSION_NAME.pattern}$")]
+Generation = Annotated[str, Field(pattern="^[0-9]{1,15}$")]
+Whole = Annotated[int, Field(ge=0, le=2**53)]
+UnixSeconds = Annotated[float, Field(ge=0, le=2**53)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class SessionEntry(_Record):
+    """What the index knows about one session. The store decides; this may be behind."""
+
+    tenant: Name
+    name: Name
+    generation: Generation
+    length: Whole
+    stored_bytes: Whole
+    raw_bytes: Whole
+    ttl_seconds: Annotated[float, Field(gt=0)] | None
+    pinned: bool
+    model_fingerprint: Annotated[str, Field(max_length=256)]
+    created_unix_seconds: UnixSeconds
+    last_used_unix_seconds: UnixSeconds
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Never falls: a later generation or, within one, a greater length."""
+        return int(self.generation), self.length
+
+
+class Notice(_Record):
+    """A session has reached this length, or at length 0 come to be or to an end."""
+
+    tenant: Name
+    session: Name
+    generation: Generation
+    length: Whole
+
+
+class Index(Protocol):
+    """Raises Unavailable (INDEX_UNAVAILABLE) when what keeps it does not answer; nothing acknowledged depends on it."""
+
+    malformed: int
+    """Values found that this program did not write; each was treated as absent and logged."""
+
+    async def put(self, entry: SessionEntry) -> bool:
+        """Keeps `entry`; False, changing nothing, if a later version is there or its generation was removed."""
+        ...
+
+    async def remove(self, tenant: str, name: str, generation: str) -> None:
+        """Forgets this generation and those before it; a later one stays."""
+        ...
+
+    async def get(self, tenant: str, name: str) -> SessionEntry | None: ...
+
+    async def list(self, tenant: str, *, prefix: str = "", after: str = "", limit: int) -> list[SessionEntry]:
+        """The first `limit` sessions by name that start with `prefix` and sort after `after`; fewer means no more."""
+        ...
+
+    async def touch(self, tenant: str, name: str, unix_seconds: float) -> None:
+        """Moves last_used_unix_seconds forward, never back; nothing happens if the session is not there."""
+        ...
+
+    async def publish(self, notice: Notice) -> None:
+        """Tells those who are subscribed now."""
+        ...
+
+    def subscribe(self) -> AbstractAsyncContextManager[AsyncIterator[Notice]]:
+        """Notices published from entry on. The iterator raises Unavailable when some may have been missed."""
+        ...
+
+    async def ping(self) -> None:
+        """Returns if the index answers."""
+        ...
+
+    async def clear(self) -> None:
+        """Removes everything of every tenant, as a rebuild begins."""
+        ...
+
+    async def close(self) -> None: ...

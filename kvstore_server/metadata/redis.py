@@ -1,0 +1,211 @@
+"""The index that several servers share, in Redis. What is read from it is parsed strictly and never trusted.
+
+Per tenant: a hash of entries by name (JSON), a sorted set of names for listing, a sorted set of last uses, and for each
+removed session its generation, for a while.
+"""
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from functools import partial
+
+from pydantic import ValidationError
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.client import PubSub
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import RedisError, ResponseError
+
+from kvstore_server.errors import Unavailable
+from kvstore_server.metadata.index import REMOVED_KEPT_SECONDS, Notice, SessionEntry
+from kvstore_server.metadata.keys import NAMESPACE, NOTICES, key
+from kvstore_server.metadata.scripts import PAGE, STATE, SWAP
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS_MAX = 32
+RETRIES_MAX = 2
+RACES_MAX = 16
+"""Lost races on one session before a write gives up."""
+IDLE_SECONDS = 15.0
+"""A subscription that hears nothing for so long asks whether its connection lives."""
+
+_GENERATION = re.compile(rb"[0-9]{1,15}")
+
+Row = tuple[bytes, bytes, bytes]
+"""A name, its entry and its last use, as found; empty where there is none."""
+Decide = Callable[[SessionEntry | None, int], tuple[SessionEntry | None, int] | None]
+"""From what is there (the entry, the last removed generation or -1) to what shall be; None leaves it."""
+
+
+class RedisIndex:
+    """Implements metadata.index.Index. `timeout_seconds` bounds each operation, its retries included."""
+
+    def __init__(self, url: str, *, password: str | None = None, timeout_seconds: float = 1.0) -> None:
+        self.malformed = 0
+        self._timeout_seconds = timeout_seconds
+        self._connect = partial(_client, url, password, timeout_seconds)
+        self._redis = self._connect(RETRIES_MAX)
+        self._state, self._page, self._swap = map(self._redis.register_script, (STATE, PAGE, SWAP))
+
+    async def put(self, entry: SessionEntry) -> bool:
+        def decide(old: SessionEntry | None, removed: int) -> tuple[SessionEntry | None, int] | None:
+            stale = entry.version[0] <= removed or (old is not None and old.version > entry.version)
+            return None if stale else (entry, removed)
+
+        return await self._change(entry.tenant, entry.name, decide)
+
+    async def remove(self, tenant: str, name: str, generation: str) -> None:
+        def decide(old: SessionEntry | None, removed: int) -> tuple[SessionEntry | None, int]:
+            removed = max(removed, int(generation))
+            return (old if old and old.version[0] > removed else None), removed
+
+        await self._change(tenant, name, decide)
+
+    async def get(self, tenant: str, name: str) -> SessionEntry | None:
+        bound = b"[" + name.encode()
+        entries = [self._entry(tenant, *row) for row in await self._rows(tenant, bound, bound, 0, 1)]
+        return entries[0] if entries else None
+
+    async def list(self, tenant: str, *, prefix: str = "", after: str = "", limit: int) -> list[SessionEntry]:
+        first = b"(" + after.encode() if after >= prefix and after else b"[" + prefix.encode()
+        last = b"[" + prefix.encode() + b"\xff"
+        entries: list[SessionEntry] = []
+        offset = 0
+        while missing := limit - len(entries):
+            rows = await self._rows(tenant, first, last, offset, missing)
+            entries += [entry for row in rows if (entry := self._entry(tenant, *row))]
+            offset += missing
+            if len(rows) < missing:
+                break
+        return entries
+
+    async def touch(self, tenant: str, name: str, unix_seconds: float) -> None:
+        async with self._bounded():
+            try:
+                await self._redis.zadd(key(tenant, "used"), {name: unix_seconds}, xx=True, gt=True)
+            except ResponseError as error:
+                if not str(error).startswith("WRONGTYPE"):
+                    raise
+                self._distrust("the last uses of a tenant", error)
+
+    async def publish(self, notice: Notice) -> None:
+        async with self._bounded():
+            await self._redis.publish(NOTICES, notice.model_dump_json())
+
+    @asynccontextmanager
+    async def subscribe(self) -> AsyncGenerator[AsyncIterator[Notice]]:
+        async with self._connect(0) as client, client.pubsub() as channel:
+            async with self._bounded():
+                await channel.subscribe(NOTICES)
+                while await channel.get_message(timeout=self._timeout_seconds) is None:
+                    pass
+            async with aclosing(self._notices(channel)) as notices:
+                yield notices
+
+    async def _notices(self, channel: PubSub) -> AsyncGenerator[Notice]:
+        asked = False
+        while True:
+            with _unavailable():
+                message = await channel.get_message(timeout=IDLE_SECONDS)
+                if message is None and asked:
+                    raise TimeoutError
+                if message is None:
+                    await channel.ping()
+            asked = message is None
+            if message and message["type"] == "message":
+                try:
+                    yield Notice.model_validate_json(message["data"])
+                except ValidationError as error:
+                    self._distrust("a notice", error)
+
+    async def ping(self) -> None:
+        async with self._bounded():
+            await self._redis.ping()
+
+    async def clear(self) -> None:
+        with _unavailable():
+            async for name in self._redis.scan_iter(f"{NAMESPACE}*", count=1000):
+                await self._redis.unlink(name)
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    async def _change(self, tenant: str, name: str, decide: Decide) -> bool:
+        keys = [*_keys(tenant), key(tenant, "removed", name)]
+        async with self._bounded():
+            for _ in range(RACES_MAX):
+                old_value, old_removed = await self._state(keys, [name])
+                removed_before = int(old_removed) if _GENERATION.fullmatch(old_removed) else -1
+                decision = decide(self._entry(tenant, name.encode(), old_value, b""), removed_before)
+                if decision is None:
+                    return False
+                entry, removed = decision
+                value = entry.model_dump_json() if entry else ""
+                used = entry.last_used_unix_seconds if entry else 0
+                kept = "" if removed == removed_before else str(removed)
+                arguments = [name, old_value, old_removed, value, used, kept, REMOVED_KEPT_SECONDS]
+                if await self._swap(keys, arguments):
+                    return True
+        raise Unavailable("INDEX_UNAVAILABLE", f"{RACES_MAX} other writes of this session came first")
+
+    async def _rows(self, tenant: str, first: bytes, last: bytes, offset: int, count: int) -> Sequence[Row]:
+        async with self._bounded():
+            rows = await self._page(_keys(tenant), [first, last, offset, count])
+        if rows is None:
+            self._distrust("the names of a tenant", "not a sorted set")
+        return rows or []
+
+    def _entry(self, tenant: str, name: bytes, value: bytes, used: bytes) -> SessionEntry | None:
+        if not value:
+            return None
+        try:
+            entry = SessionEntry.model_validate_json(value)
+            last_used = max(entry.last_used_unix_seconds, float(used or 0))
+            moved = SessionEntry.model_validate({**entry.model_dump(), "last_used_unix_seconds": last_used})
+        except ValueError as error:
+            self._distrust("an entry", error)
+            return None
+        if (moved.tenant, moved.name) != (tenant, name.decode(errors="replace")):
+            self._distrust("an entry", "it is of another session")
+            return None
+        return moved
+
+    def _distrust(self, what: str, why: object) -> None:
+        self.malformed += 1
+        log.warning("the index holds %s that is not ours: %s", what, why)
+
+    @asynccontextmanager
+    async def _bounded(self) -> AsyncGenerator[None]:
+        with _unavailable():
+            async with asyncio.timeout(self._timeout_seconds):
+                yield
+
+
+@contextmanager
+def _unavailable() -> Generator[None]:
+    try:
+        yield
+    except (RedisError, OSError, TimeoutError) as error:
+        raise Unavailable("INDEX_UNAVAILABLE", "the index does not answer") from error
+
+
+def _keys(tenant: str) -> list[str]:
+    return [key(tenant, part) for part in ("sessions", "names", "used")]
+
+
+def _client(url: str, password: str | None, timeout_seconds: float, retries: int) -> Redis:
+    return Redis.from_pool(
+        BlockingConnectionPool.from_url(
+            url,
+            password=password,
+            max_connections=CONNECTIONS_MAX,
+            timeout=timeout_seconds,
+            socket_timeout=timeout_seconds,
+            socket_connect_timeout=timeout_seconds,
+            health_check_interval=IDLE_SECONDS,
+            retry=Retry(ExponentialWithJitterBackoff(base=0.02, cap=0.25), retries),
+        )
+    )

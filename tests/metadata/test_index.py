@@ -1,0 +1,161 @@
+"""What every index does, in memory or in Redis."""
+
+import asyncio
+import random
+
+import pytest
+
+from kvstore_server.metadata.index import Index, Notice
+
+from .entries import entry
+
+
+async def names(index: Index, **query: object) -> list[str]:
+    return [e.name for e in await index.list("default", **{"limit": 1000, **query})]  # pyright: ignore[reportArgumentType]
+
+
+async def test_what_was_put_comes_back(index: Index) -> None:
+    kept = entry(ttl_seconds=1.5, pinned=True, last_used_unix_seconds=1234.5678)
+    assert await index.put(kept)
+    assert await index.get("default", "a") == kept
+    assert await index.list("default", limit=10) == [kept]
+
+
+async def test_an_unknown_session_or_tenant_is_absent(index: Index) -> None:
+    assert await index.get("default", "a") is None
+    assert await index.list("other", limit=10) == []
+    await index.remove("default", "a", "1")
+    await index.touch("default", "a", 5.0)
+    assert await index.list("default", limit=10) == []
+
+
+@pytest.mark.parametrize("later", [entry(length=11), entry(generation=2, length=0), entry(generation=10, length=1)])
+async def test_an_entry_never_goes_back(index: Index, later) -> None:
+    assert await index.put(entry())
+    assert await index.put(later)
+    assert not await index.put(entry())
+    assert await index.get("default", "a") == later
+
+
+async def test_the_same_length_again_may_change_attributes(index: Index) -> None:
+    await index.put(entry(pinned=False))
+    assert await index.put(entry(pinned=True))
+    found = await index.get("default", "a")
+    assert found
+    assert found.pinned
+
+
+async def test_puts_in_any_order_end_at_the_latest(index: Index) -> None:
+    seed = random.randrange(2**32)
+    puts = [entry(generation=g, length=n) for g in (1, 2) for n in range(12)]
+    random.Random(seed).shuffle(puts)
+    await asyncio.gather(*(index.put(e) for e in puts))
+    assert await index.get("default", "a") == entry(generation=2, length=11), f"{seed=}"
+
+
+async def test_a_removed_session_is_gone_and_a_late_put_does_not_bring_it_back(index: Index) -> None:
+    await index.put(entry(generation=3))
+    await index.remove("default", "a", "3")
+    assert await index.get("default", "a") is None
+    assert await names(index) == []
+    assert not await index.put(entry(generation=3, length=99))
+    assert not await index.put(entry(generation=2, length=99))
+    assert await names(index) == []
+
+
+async def test_a_name_can_be_used_again_after_a_removal(index: Index) -> None:
+    await index.remove("default", "a", "3")
+    assert await index.put(entry(generation=4, length=0))
+    assert await names(index) == ["a"]
+
+
+async def test_removing_an_earlier_generation_leaves_the_later_one(index: Index) -> None:
+    await index.put(entry(generation=5))
+    await index.remove("default", "a", "4")
+    assert await index.get("default", "a") == entry(generation=5)
+    await index.remove("default", "a", "5")
+    await index.remove("default", "a", "1")
+    assert not await index.put(entry(generation=5))
+
+
+async def test_sessions_are_listed_by_name_in_pages(index: Index) -> None:
+    all_names = sorted([f"s{i}" for i in range(25)] + ["S", "t", "s.x", "s-", "s_"])
+    for name in reversed(all_names):
+        await index.put(entry(name))
+    assert await names(index) == all_names
+    with_s = [n for n in all_names if n.startswith("s")]
+    paged, after = [], ""
+    while page := await names(index, prefix="s", after=after, limit=7):
+        assert len(page) <= 7
+        paged += page
+        after = page[-1]
+    assert paged == with_s
+
+
+@pytest.mark.parametrize(
+    ("prefix", "after", "expected"),
+    [
+        ("b", "", ["b", "b1", "b2"]),
+        ("b", "a", ["b", "b1", "b2"]),
+        ("b", "b", ["b1", "b2"]),
+        ("b1", "", ["b1"]),
+        ("b", "b2", []),
+        ("b", "c", []),
+        ("z", "", []),
+        ("", "b2", ["c"]),
+    ],
+)
+async def test_prefix_and_after_meet(index: Index, prefix: str, after: str, expected: list[str]) -> None:
+    for name in ("a", "b", "b1", "b2", "c"):
+        await index.put(entry(name))
+    assert await names(index, prefix=prefix, after=after) == expected
+
+
+async def test_tenants_do_not_see_each_other(index: Index) -> None:
+    await index.put(entry(tenant="one", length=1))
+    await index.put(entry(tenant="two", length=2))
+    await index.remove("one", "a", "1")
+    assert await index.get("one", "a") is None
+    assert [e.length for e in await index.list("two", limit=10)] == [2]
+
+
+async def test_last_use_moves_forward_only_and_survives_a_put(index: Index) -> None:
+    await index.put(entry())
+    for when in (2000.25, 1500.0):
+        await index.touch("default", "a", when)
+    await index.put(entry(length=20))
+    found = await index.get("default", "a")
+    assert found == entry(length=20, last_used_unix_seconds=2000.25)
+
+
+async def test_a_last_use_does_not_outlive_its_session(index: Index) -> None:
+    await index.put(entry())
+    await index.touch("default", "a", 9000.0)
+    await index.remove("default", "a", "1")
+    await index.put(entry(generation=2))
+    assert await index.get("default", "a") == entry(generation=2)
+
+
+async def test_clear_forgets_every_tenant_and_every_removal(index: Index) -> None:
+    await index.put(entry(tenant="one"))
+    await index.put(entry(tenant="two"))
+    await index.remove("one", "a", "7")
+    await index.clear()
+    assert await index.list("one", limit=10) == await index.list("two", limit=10) == []
+    assert await index.put(entry(tenant="one", generation=1))
+
+
+async def test_every_subscriber_hears_what_is_published_while_it_listens(index: Index) -> None:
+    notices = [Notice(tenant="default", session="a", generation="1", length=n) for n in range(3)]
+    await index.publish(notices[0])
+    async with index.subscribe() as first, index.subscribe() as second:
+        for notice in notices[1:]:
+            await index.publish(notice)
+        for subscriber in (first, second):
+            async with asyncio.timeout(5):
+                assert [await anext(subscriber) for _ in notices[1:]] == notices[1:]
+    await index.publish(notices[0])
+
+
+async def test_ping_answers(index: Index) -> None:
+    await index.ping()
