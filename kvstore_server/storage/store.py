@@ -28,7 +28,7 @@ class ObjectStore(Protocol):
         """Bytes [start, end), shorter at the object's end; KeyError if there is none."""
         ...
 
-    def list(self, prefix: str, start_after: str = "") -> list[str]:
+    def list_keys(self, prefix: str, start_after: str = "") -> list[str]:
         """Keys below the folder `prefix` (recursively) that sort after `start_after`, sorted."""
         ...
 

@@ -1,0 +1,187 @@
+"""The log of a session's name: who lives under it, since which record, with which attributes.
+
+A record is appended at the next number after everything that was read, and only if that name is free: so each one was
+decided on all before it, and at one number exactly one writer wins.
+"""
+
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from kvstore_codecs.spec import CodecSpec, ModelShape
+from kvstore_server.errors import Aborted, AlreadyExists, DataLoss, Unavailable
+from kvstore_server.storage.keys import check_name, generation_name, meta_folder, meta_key, meta_seqs
+from kvstore_server.storage.meta import Ancestor, Attributes, Create, Delete, Record, read_record, write_record
+from kvstore_server.storage.session_state import SessionState
+from kvstore_server.storage.store import ObjectStore
+
+ATTEMPTS = 16
+"""How often a writer that lost a number tries the next."""
+
+
+class Head(NamedTuple):
+    """The living generation, if any, and the number the next record takes."""
+
+    state: SessionState | None
+    next_seq: int
+
+
+class MetaLog:
+    """The meta logs of one tenant. Blocking.
+
+    Raises DataLoss if a record is damaged or missing, FailedPrecondition if a newer version wrote it.
+    """
+
+    def __init__(self, store: ObjectStore, tenant: str, clock: Callable[[], float] = time.time) -> None:
+        self._store, self._tenant, self._clock = store, tenant, clock
+
+    def head(self, session: str) -> Head:
+        """Reads from the newest record back to the one that created or deleted."""
+        check_name("session", session)
+        seqs = meta_seqs(self._store.list_keys(meta_folder(self._tenant, session)))
+        if not seqs:
+            return Head(None, 0)
+        changes: list[Attributes] = []
+        for seq in range(seqs[-1], seqs[0] - 1, -1):
+            record = self._read(session, seq)
+            if isinstance(record, Delete):
+                return Head(None, seqs[-1] + 1)
+            if isinstance(record, Create):
+                state = _state_of(record)
+                for change in reversed(changes):
+                    _apply(state, change)
+                return Head(state, seqs[-1] + 1)
+            changes.append(record)
+        raise DataLoss("META_DAMAGED", f"session {session} was never created", session=session, seq=seqs[0])
+
+    def create(
+        self,
+        session: str,
+        shape: ModelShape,
+        spec: CodecSpec,
+        *,
+        ttl_seconds: float | None,
+        pinned: bool,
+        ancestors: tuple[Ancestor, ...] = (),
+        before_put: Callable[[str], None] = lambda generation: None,
+    ) -> tuple[SessionState, bool]:
+        """A new generation, or the living one that equals it (True); AlreadyExists if that differs.
+
+        `before_put` is told the generation that is about to be tried.
+        """
+        for _ in range(ATTEMPTS):
+            state, seq = self.head(session)
+            if state is not None:
+                if (state.shape, state.spec, state.ancestors) != (shape, spec, ancestors):
+                    raise AlreadyExists("SESSION_EXISTS", "a session of that name differs", session=session)
+                return state, True
+            before_put(generation_name(seq))
+            record = Create(
+                **self._stamp(session, seq),
+                spec=spec,
+                shape=shape,
+                ttl_seconds=ttl_seconds,
+                pinned=pinned,
+                ancestors=ancestors,
+            )
+            if self._put(record):
+                state = _state_of(record)
+                self.confirm(state)
+                return state, False
+        raise _contended(session)
+
+    def update(self, state: SessionState, *, ttl_seconds: float | None, pinned: bool) -> None:
+        """Sets both; Aborted if the generation is gone."""
+        for _ in range(ATTEMPTS):
+            self.refresh(state)
+            record = Attributes(
+                **self._stamp(state.session, state.seq + 1),
+                generation=state.generation,
+                ttl_seconds=ttl_seconds,
+                pinned=pinned,
+            )
+            if self._put(record):
+                _apply(state, record)
+                self.confirm(state)
+                return
+        raise _contended(state.session)
+
+    def delete(self, session: str, generation: str | None) -> str | None:
+        """Ends the living generation (only that one, if it is named); its name, None if there is nothing to delete."""
+        for _ in range(ATTEMPTS):
+            state, seq = self.head(session)
+            if state is None or generation not in (None, state.generation):
+                return None
+            if self._put(Delete(**self._stamp(session, seq), generation=state.generation)):
+                return state.generation
+        raise _contended(session)
+
+    def refresh(self, state: SessionState) -> None:
+        """Reads the records after `state.seq` into it; Aborted if the generation is gone."""
+        folder = meta_folder(self._tenant, state.session)
+        newer = self._store.list_keys(folder, start_after=meta_key(self._tenant, state.session, state.seq))
+        for seq in meta_seqs(newer):
+            record = self._read(state.session, seq) if seq == state.seq + 1 else None  # a gap: older ones were removed
+            if not isinstance(record, Attributes) or record.generation != state.generation:
+                raise Aborted("GENERATION_GONE", f"generation {state.generation} is gone", session=state.session)
+            _apply(state, record)
+
+    def confirm(self, state: SessionState) -> None:
+        """After a put: it counts only if nothing newer supersedes its generation (Aborted).
+
+        Unavailable if that cannot be told: the object is there, so nothing may claim that it is not.
+        """
+        try:
+            self.refresh(state)
+        except Aborted:
+            raise
+        except Exception as error:
+            raise Unavailable("OUTCOME_UNKNOWN", "written, but it could not be confirmed") from error
+
+    def _read(self, session: str, seq: int) -> Record:
+        try:
+            data = self._store.get(meta_key(self._tenant, session, seq))
+        except KeyError:
+            raise DataLoss("META_DAMAGED", f"meta record {seq} is missing", session=session, seq=seq) from None
+        return read_record(data, self._tenant, session, seq)
+
+    def _put(self, record: Record) -> bool:
+        """Whether this very record is in place: the store may have written it and lost the answer."""
+        key = meta_key(self._tenant, record.session, record.seq)
+        if self._store.put_if_absent(key, [write_record(record)]):
+            return True
+        return self._read(record.session, record.seq).writer == record.writer
+
+    def _stamp(self, session: str, seq: int) -> dict[str, Any]:
+        """The fields that every record has."""
+        return {
+            "tenant": self._tenant,
+            "session": session,
+            "seq": seq,
+            "writer": secrets.token_hex(16),
+            "created_unix_seconds": self._clock(),
+        }
+
+
+def _state_of(record: Create) -> SessionState:
+    return SessionState(
+        tenant=record.tenant,
+        session=record.session,
+        generation=generation_name(record.seq),
+        seq=record.seq,
+        spec=record.spec,
+        shape=record.shape,
+        ttl_seconds=record.ttl_seconds,
+        pinned=record.pinned,
+        created_unix_seconds=record.created_unix_seconds,
+        ancestors=record.ancestors,
+    )
+
+
+def _apply(state: SessionState, change: Attributes) -> None:
+    state.seq, state.ttl_seconds, state.pinned = change.seq, change.ttl_seconds, change.pinned
+
+
+def _contended(session: str) -> Unavailable:
+    return Unavailable("CONTENDED", f"{ATTEMPTS} other writers came first", session=session)

@@ -1,0 +1,160 @@
+"""What a segment says of itself, and its form as safetensors metadata (strings only)."""
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
+
+from kvstore_server.storage.container import DamagedError
+from kvstore_server.storage.geometry import LAYERS_MAX, TOKENS_MAX, Geometry, LayerRun
+from kvstore_server.storage.versions import check_readable
+
+FORMAT = "kvstore.segment"
+VERSION = 1
+"""What this code writes, and the newest `min_reader` that it reads."""
+
+Encoding = Literal["raw", "sketch"]
+Encoder = Literal["server", "client"]
+Hex256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Position = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which append an object is; every reader knows it from the key and compares."""
+
+    tenant: str
+    session: str
+    generation: str
+    start: int
+
+
+@dataclass(frozen=True)
+class SegmentHeader:
+    """The facts of one append. `previous` and `previous_digest` are those of the append before it in the session (of a
+    shared one for a fork's first), so that objects of two histories cannot be mixed; None and "" at position 0.
+
+    `encoding` is how the bytes came, `encoded_by` who made the sketches. `fit_range` is set if this append made the
+    fit: the positions it was computed from. `block_hashes` are those of the token-id blocks that end in this append.
+    """
+
+    identity: Identity
+    geometry: Geometry
+    previous: int | None
+    previous_digest: str
+    digest: str
+    encoding: Encoding
+    encoded_by: Encoder
+    codec_fingerprint: str
+    shape_fingerprint: str
+    fit_range: tuple[int, int] | None
+    block_hashes: tuple[bytes, ...]
+    created_unix_seconds: float
+
+    @property
+    def start(self) -> int:
+        return self.identity.start
+
+    @property
+    def tokens(self) -> int:
+        return self.geometry.tokens
+
+    @property
+    def end(self) -> int:
+        return self.start + self.tokens
+
+
+@with_config(ConfigDict(allow_inf_nan=False))
+@dataclass(frozen=True)
+class _Metadata:
+    """The metadata, lists decoded, before it becomes a SegmentHeader; names are those of the file."""
+
+    tenant: str
+    session: str
+    generation: str
+    start: Position
+    tokens: Annotated[int, Field(ge=1, le=TOKENS_MAX)]
+    exact: Position
+    previous: Position | None
+    previous_digest: Hex256 | Literal[""]
+    digest: Hex256
+    encoding: Encoding
+    encoded_by: Encoder
+    codec_fingerprint: str
+    shape_fingerprint: str
+    dtype: Literal["float32", "float16", "bfloat16"]
+    kv_heads: Annotated[int, Field(ge=1, le=256)]
+    head_dim: Annotated[int, Field(ge=32, le=256, multiple_of=32)]
+    layers: Annotated[tuple[LayerRun, ...], Field(min_length=1, max_length=LAYERS_MAX)]
+    fit_range: tuple[Position, Position] | None
+    block_hashes: tuple[Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$")], ...]
+    created_unix_seconds: Annotated[float, Field(ge=0)]
+
+
+_METADATA = TypeAdapter(_Metadata)
+_JSON_FIELDS = ("previous", "layers", "fit_range", "block_hashes")
+
+
+def to_metadata(header: SegmentHeader) -> dict[str, str]:
+    identity, geometry = header.identity, header.geometry
+    return {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "min_reader": str(VERSION),
+        "tenant": identity.tenant,
+        "session": identity.session,
+        "generation": identity.generation,
+        "start": str(identity.start),
+        "tokens": str(geometry.tokens),
+        "exact": str(geometry.exact),
+        "previous": _json(header.previous),
+        "previous_digest": header.previous_digest,
+        "digest": header.digest,
+        "encoding": header.encoding,
+        "encoded_by": header.encoded_by,
+        "codec_fingerprint": header.codec_fingerprint,
+        "shape_fingerprint": header.shape_fingerprint,
+        "dtype": geometry.dtype,
+        "kv_heads": str(geometry.kv_heads),
+        "head_dim": str(geometry.head_dim),
+        "layers": _json(geometry.runs),
+        "fit_range": _json(header.fit_range),
+        "block_hashes": _json([block.hex() for block in header.block_hashes]),
+        "created_unix_seconds": repr(header.created_unix_seconds),
+    }
+
+
+def from_metadata(metadata: dict[str, str]) -> SegmentHeader:
+    """DamagedError if it is no header of ours, FailedPrecondition if a newer version must read it."""
+    if metadata.get("format") != FORMAT:
+        raise DamagedError("not a segment")
+    check_readable(metadata.get("min_reader"), VERSION, "segment")
+    try:
+        decoded = {name: json.loads(metadata[name]) for name in _JSON_FIELDS}
+        read = _METADATA.validate_python({**metadata, **decoded})
+    except (KeyError, ValueError, RecursionError) as error:
+        raise DamagedError("header fields") from error
+    geometry = Geometry(
+        read.tokens, read.exact, read.kv_heads, read.head_dim, read.dtype, read.layers, read.fit_range is not None
+    )
+    if read.exact > read.tokens or geometry.layers > LAYERS_MAX:
+        raise DamagedError("header fields")
+    return SegmentHeader(
+        identity=Identity(read.tenant, read.session, read.generation, read.start),
+        geometry=geometry,
+        previous=read.previous,
+        previous_digest=read.previous_digest,
+        digest=read.digest,
+        encoding=read.encoding,
+        encoded_by=read.encoded_by,
+        codec_fingerprint=read.codec_fingerprint,
+        shape_fingerprint=read.shape_fingerprint,
+        fit_range=read.fit_range,
+        block_hashes=tuple(bytes.fromhex(block) for block in read.block_hashes),
+        created_unix_seconds=read.created_unix_seconds,
+    )
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
