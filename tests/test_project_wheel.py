@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
@@ -14,12 +15,17 @@ PACKAGES = {"kvstore_proto", "kvstore_kernels", "kvstore_codecs", "kvstore_serve
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Generator[zipfile.ZipFile]:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")  # a copy, because a build leaves its traces
     for name in ("kernels", "proto", "kvstore_server", "kvstore_client"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[zipfile.ZipFile]:
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source]
     subprocess.run(command, check=True, capture_output=True)
@@ -32,13 +38,13 @@ def test_only_our_packages_are_at_the_top(wheel: zipfile.ZipFile) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == PACKAGES
 
 
-def test_every_source_data_and_marker_file_is_inside(wheel: zipfile.ZipFile) -> None:
+def test_every_source_data_and_marker_file_is_inside(source: Path, wheel: zipfile.ZipFile) -> None:
     wanted = {
-        str(path.relative_to(ROOT / root))
+        str(path.relative_to(source / root))
         for root in ("kernels", "proto", ".")
         for package in PACKAGES
         for suffix in ("*.py", "*.pyi", "*.proto", "*.cu", "*.cuh", "py.typed")
-        for path in (ROOT / root / package).rglob(suffix)
+        for path in (source / root / package).rglob(suffix)
     }
     assert wanted <= set(wheel.namelist())
     assert {f"{package}/py.typed" for package in PACKAGES} <= wanted
