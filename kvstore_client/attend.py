@@ -2,8 +2,8 @@
 
 import asyncio
 import copy
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from itertools import count
 
@@ -176,11 +176,12 @@ class _Call:
         while (request := await self._outbox.get()) is not None:
             yield request
 
-    async def _read(self, replies: AsyncIterator[pb.AttendResponse]) -> None:
+    async def _read(self, replies: AsyncGenerator[pb.AttendResponse]) -> None:
         lost: KVStoreError = Unavailable("the Attend stream ended", reason="STREAM_LOST")
         try:
-            async for reply in replies:
-                self._take(reply)
+            async with aclosing(replies):
+                async for reply in replies:
+                    self._take(reply)
         except (Cancelled, DeadlineExceeded, Unknown) as error:
             lost = Unavailable(f"the Attend stream was lost ({error})", reason="STREAM_LOST")
         except KVStoreError as error:

@@ -1,6 +1,7 @@
 """What a client shares with its session handles: transport, retry policy, the server's limits, attend streams."""
 
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
+from contextlib import aclosing
 from typing import TypeVar
 
 from kvstore_client.attend import AttendStream
@@ -51,11 +52,12 @@ class Link:
         affinity: str = "",
     ) -> T:
         """What `collect` makes of the replies of one whole, unbroken stream."""
-        return await self.retry.run(
-            lambda seconds: collect(self.transport.download(rpc, request, timeout=seconds, affinity=affinity)),
-            timeout=timeout,
-            clock=self.clock,
-        )
+
+        async def attempt(seconds: float) -> T:
+            async with aclosing(self.transport.download(rpc, request, timeout=seconds, affinity=affinity)) as replies:
+                return await collect(replies)
+
+        return await self.retry.run(attempt, timeout=timeout, clock=self.clock)
 
     async def server(self, timeout: float = TIMEOUT_SECONDS) -> ServerInfo:
         """As it was at the first call: limits do not change while a server runs."""

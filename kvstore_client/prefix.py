@@ -102,11 +102,12 @@ class Prefix:
             logits = torch.empty((*q.shape[:2], self.end - start))
             position, fidelity = start, pb.Fidelity()
             async for reply in replies:
-                piece = from_proto(reply.scores, dtype=torch.float32)
-                if reply.token_start != position or piece.shape[:2] != q.shape[:2]:
-                    raise Internal(f"scores {list(piece.shape)} came for position {reply.token_start}, not {position}")
-                logits[..., position - start : position - start + piece.shape[2]] = piece
-                position, fidelity = position + piece.shape[2], reply.fidelity
+                tokens = reply.scores.shape[-1] if reply.scores.shape else 0
+                if reply.token_start != position or position + tokens > self.end:
+                    raise Internal(f"scores came for {tokens} tokens from {reply.token_start}, not from {position}")
+                piece = from_proto(reply.scores, dtype=torch.float32, shape=(*q.shape[:2], tokens))
+                logits[..., position - start : position - start + tokens] = piece
+                position, fidelity = position + tokens, reply.fidelity
             if position != self.end:
                 raise Internal(f"scores end at position {position}, not {self.end}")
             return Scores(logits.to(q.device), start, Fidelity.from_proto(fidelity))

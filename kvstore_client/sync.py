@@ -1,13 +1,11 @@
 """The blocking client: the asynchronous one on an event loop of its own thread. No logic is repeated here."""
 
-import asyncio
-import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
 from functools import wraps
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from kvstore_client.client import AsyncKVStoreClient
+from kvstore_client.loop_thread import LoopThread
 from kvstore_client.prefix import Prefix
 from kvstore_client.retry import DEFAULT_RETRY, Retry
 from kvstore_client.session import Session
@@ -17,29 +15,7 @@ from kvstore_codecs.spec import ModelShape
 P = ParamSpec("P")
 R = TypeVar("R")
 A = TypeVar("A")
-
-
-class LoopThread:
-    """An event loop in a daemon thread."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="kvstore-client", daemon=True)
-        self._thread.start()
-
-    def run(self, coroutine: Coroutine[Any, Any, R]) -> R:
-        """The coroutine's result; an interrupted wait (Ctrl-C) cancels it."""
-        future: Future[R] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+Method = Callable[Concatenate[A, P], Coroutine[Any, Any, R]]
 
 
 class _Blocking(Generic[A]):
@@ -49,9 +25,7 @@ class _Blocking(Generic[A]):
         self._inner, self._thread = inner, thread
 
 
-def _blocking(
-    method: Callable[Concatenate[A, P], Coroutine[Any, Any, R]],
-) -> Callable[Concatenate[_Blocking[A], P], R]:
+def _blocking(method: Method[A, P, R]) -> Callable[Concatenate[_Blocking[A], P], R]:
     @wraps(method)
     def call(self: _Blocking[A], *args: P.args, **kwargs: P.kwargs) -> R:
         return self._thread.run(method(self._inner, *args, **kwargs))
@@ -59,9 +33,7 @@ def _blocking(
     return call
 
 
-def _session(
-    method: Callable[Concatenate[A, P], Coroutine[Any, Any, Session]],
-) -> Callable[Concatenate[_Blocking[A], P], "SyncSession"]:
+def _session(method: Method[A, P, Session]) -> Callable[Concatenate[_Blocking[A], P], "SyncSession"]:
     @wraps(method)
     def call(self: _Blocking[A], *args: P.args, **kwargs: P.kwargs) -> "SyncSession":
         return SyncSession(self._thread.run(method(self._inner, *args, **kwargs)), self._thread)
@@ -106,6 +78,10 @@ class SyncSession(_Blocking[Session]):
     @property
     def name(self) -> str:
         return self._inner.name
+
+    @property
+    def generation(self) -> str:
+        return self._inner.generation
 
     @property
     def shape(self) -> ModelShape:

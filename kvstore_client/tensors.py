@@ -39,7 +39,7 @@ def from_proto(message: pb.Tensor, *, dtype: torch.dtype | None = None, shape: S
     """A CPU tensor of its own memory. Internal if it is not of `dtype` and `shape`, or its data is not of its shape."""
     found, size = FROM_PROTO.get(message.dtype), tuple(message.shape)
     if found is None or (dtype is not None and found != dtype):
-        raise Internal(f"the server sent a tensor of dtype {pb.Dtype.Name(message.dtype)}, not {dtype}")
+        raise Internal(f"the server sent a tensor of dtype {message.dtype}, not {dtype}")
     if shape is not None and size != tuple(shape):
         raise Internal(f"the server sent a tensor of shape {list(size)}, not {list(shape)}")
     data = message.data

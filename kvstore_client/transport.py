@@ -1,15 +1,16 @@
 """The seam to gRPC: the only module of the client that imports it."""
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol, TypeVar
 
+import grpc
 from google.protobuf.message import DecodeError
 from google.rpc.status_pb2 import Status
 from grpc import aio
 
-from kvstore_client.errors import KVStoreError, from_status
+from kvstore_client.errors import KVStoreError, Unavailable, from_status
 from kvstore_client.rpcs import Rpc
 
 Request = TypeVar("Request")
@@ -17,6 +18,8 @@ Reply = TypeVar("Reply")
 
 AFFINITY_KEY = "x-kv-affinity"
 STATUS_KEY = "grpc-status-details-bin"
+SEND_FAILED = "Internal error from Core"
+"""What grpc.aio says when a message could not be sent."""
 
 
 class Transport(Protocol):
@@ -35,11 +38,11 @@ class Transport(Protocol):
 
     def download(
         self, rpc: Rpc[Request, Reply], request: Request, *, timeout: float, affinity: str = ""
-    ) -> AsyncIterator[Reply]: ...
+    ) -> AsyncGenerator[Reply]: ...
 
     def duplex(
         self, rpc: Rpc[Request, Reply], requests: AsyncIterator[Request], *, affinity: str = ""
-    ) -> AsyncIterator[Reply]:
+    ) -> AsyncGenerator[Reply]:
         """No deadline: the caller bounds each request on its own."""
         ...
 
@@ -88,46 +91,49 @@ class GrpcTransport:
         return self._channel
 
     async def unary(self, rpc: Rpc[Request, Reply], request: Request, *, timeout: float, affinity: str = "") -> Reply:
-        call = self._open().unary_unary(rpc.path, rpc.encode, rpc.decode)
+        method = self._open().unary_unary(rpc.path, rpc.encode, rpc.decode)
         try:
-            return await call(request, timeout=timeout, metadata=_metadata(affinity))
+            return await method(request, timeout=timeout, metadata=_metadata(affinity))
         except aio.AioRpcError as error:
             raise _as_error(error) from None
 
     async def upload(
         self, rpc: Rpc[Request, Reply], requests: Iterable[Request], *, timeout: float, affinity: str = ""
     ) -> Reply:
-        call = self._open().stream_unary(rpc.path, rpc.encode, rpc.decode)
+        method = self._open().stream_unary(rpc.path, rpc.encode, rpc.decode)
+        call = method(iter(requests), timeout=timeout, metadata=_metadata(affinity))
+        first = _FirstStatus(call)
         try:
-            return await call(iter(requests), timeout=timeout, metadata=_metadata(affinity))
+            return await call
         except aio.AioRpcError as error:
-            raise _as_error(error) from None
+            raise first.error_or(error) from None
 
     async def download(
         self, rpc: Rpc[Request, Reply], request: Request, *, timeout: float, affinity: str = ""
-    ) -> AsyncIterator[Reply]:
-        call = self._open().unary_stream(rpc.path, rpc.encode, rpc.decode)
-        replies = call(request, timeout=timeout, metadata=_metadata(affinity))
+    ) -> AsyncGenerator[Reply]:
+        method = self._open().unary_stream(rpc.path, rpc.encode, rpc.decode)
+        call = method(request, timeout=timeout, metadata=_metadata(affinity))
         try:
-            async for reply in replies:
+            async for reply in call:
                 yield reply
         except aio.AioRpcError as error:
             raise _as_error(error) from None
         finally:
-            replies.cancel()
+            call.cancel()
 
     async def duplex(
         self, rpc: Rpc[Request, Reply], requests: AsyncIterator[Request], *, affinity: str = ""
-    ) -> AsyncIterator[Reply]:
-        call = self._open().stream_stream(rpc.path, rpc.encode, rpc.decode)
-        replies = call(requests, metadata=_metadata(affinity))
+    ) -> AsyncGenerator[Reply]:
+        method = self._open().stream_stream(rpc.path, rpc.encode, rpc.decode)
+        call = method(requests, metadata=_metadata(affinity))
+        first = _FirstStatus(call)
         try:
-            async for reply in replies:
+            async for reply in call:
                 yield reply
         except aio.AioRpcError as error:
-            raise _as_error(error) from None
+            raise first.error_or(error) from None
         finally:
-            replies.cancel()
+            call.cancel()
 
     async def close(self) -> None:
         if self._channel is not None:
@@ -138,9 +144,44 @@ def _metadata(affinity: str) -> tuple[tuple[str, str], ...]:
     return ((AFFINITY_KEY, affinity),) if affinity else ()
 
 
+class _FirstStatus:
+    """What the server said, when it ends a call while a message is being sent.
+
+    grpc.aio then puts an INTERNAL of its own before or over the server's status (github.com/grpc/grpc/issues/36066).
+    """
+
+    def __init__(self, call: aio.Call) -> None:
+        self._error: KVStoreError | None = None
+        call.add_done_callback(self._keep)
+
+    def error_or(self, last: aio.AioRpcError) -> KVStoreError:
+        """The server's status, whichever came first. If it never came, the outcome is unknown: Unavailable."""
+        if last.details() != SEND_FAILED:
+            return _as_error(last)
+        return self._error or Unavailable("the call ended while a message was being sent", reason="STREAM_LOST")
+
+    def _keep(self, call: aio.Call) -> None:
+        code, details, trailers = _ready(call.code()), _ready(call.details()), _ready(call.trailing_metadata())
+        if code is not grpc.StatusCode.OK and details != SEND_FAILED:
+            self._error = _error_of(code, details, trailers)
+
+
+def _ready(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine that has nothing to wait for: those of a call that is done."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("the call is not done")
+
+
 def _as_error(error: aio.AioRpcError) -> KVStoreError:
-    status = Status(code=error.code().value[0], message=error.details() or "")
-    for key, value in error.trailing_metadata() or ():
+    return _error_of(error.code(), error.details(), error.trailing_metadata())
+
+
+def _error_of(code: grpc.StatusCode, details: str | None, trailers: Iterable[tuple[str, str | bytes]]) -> KVStoreError:
+    status = Status(code=code.value[0], message=details or "")
+    for key, value in trailers or ():
         if key == STATUS_KEY and isinstance(value, bytes):
             try:
                 rich = Status.FromString(value)
