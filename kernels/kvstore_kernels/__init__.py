@@ -1,0 +1,48 @@
+"""Ops on packed sign sketches: encode, score, attend, decode and top-k, on the device that a backend names."""
+
+from kvstore_kernels.backend import Backend, cpu_backend, open_backend
+from kvstore_kernels.merge import merge_states
+from kvstore_kernels.packing import pack_rows, unpack_rows
+from kvstore_kernels.types import (
+    STEP,
+    WORD_ROWS,
+    AffineEncoder,
+    DenseRows,
+    Encoder,
+    Expansion,
+    HeadEncoder,
+    NonFiniteError,
+    Rows,
+    ScaleRangeError,
+    SignEncoder,
+    SignLayout,
+    SignRows,
+    Signs,
+    as_torch_dtype,
+    plane_weights,
+)
+
+__all__ = [
+    "STEP",
+    "WORD_ROWS",
+    "AffineEncoder",
+    "Backend",
+    "DenseRows",
+    "Encoder",
+    "Expansion",
+    "HeadEncoder",
+    "NonFiniteError",
+    "Rows",
+    "ScaleRangeError",
+    "SignEncoder",
+    "SignLayout",
+    "SignRows",
+    "Signs",
+    "as_torch_dtype",
+    "cpu_backend",
+    "merge_states",
+    "open_backend",
+    "pack_rows",
+    "plane_weights",
+    "unpack_rows",
+]

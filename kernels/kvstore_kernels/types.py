@@ -1,8 +1,8 @@
 """What every op takes and returns: packed sign sketches, how to read them, how to make them.
 
-Letters: N stored tokens, T query tokens, H KV heads, Hq query heads, D head_dim, m sign rows of one head, G scale groups.
-Stored tensors are token-major. Words are little-endian uint32 bit patterns held as int32, because torch has no uint32
-arithmetic: bit j of word w of a head is row 32 w + j, 1 for t = +1 and 0 for t = -1 (so sign(0) is -1).
+Letters: N stored tokens, T query tokens, H KV heads, Hq query heads, D head_dim, m sign rows of one head, G scale
+groups. Stored tensors are token-major. Words are little-endian uint32 bit patterns held as int32, because torch has no
+uint32 arithmetic: bit j of word w of a head is row 32 w + j, 1 for t = +1 and 0 for t = -1 (so sign(0) is -1).
 """
 
 from dataclasses import dataclass
@@ -35,9 +35,9 @@ class ScaleRangeError(ValueError):
 class SignLayout:
     """Where each KV head's words and scales lie in one token's row of one layer and kind.
 
-    `word_groups[h]` gives the scale group of each 32-row word of head h, so m_h = 32 * len(word_groups[h]); 0 words mean
-    that head stores nothing and is read as its mean. All heads with words have `groups` scales (alpha), then, where
-    `has_offsets`, as many offsets (beta).
+    `word_groups[h]` gives the scale group of each 32-row word of head h, so m_h = 32 * len(word_groups[h]); 0 words
+    mean that head stores nothing and is read as its mean. All heads with words have `groups` scales (alpha), then,
+    where `has_offsets`, as many offsets (beta).
     """
 
     head_dim: int
@@ -80,9 +80,10 @@ class SignLayout:
 
 @dataclass(frozen=True)
 class Signs:
-    """Packed sketches of N tokens of one layer and kind: `words` int32 [N, layout.words], `scales` float16 [N, layout.scales].
+    """Packed sketches of N tokens of one layer and kind.
 
-    A token's scales are, head by head, alpha[0..G) and, with offsets, beta[0..G).
+    `words` int32 [N, layout.words] and `scales` float16 [N, layout.scales]. A token's scales are, head by head,
+    alpha[0..G) and, with offsets, beta[0..G).
     """
 
     words: Tensor
@@ -166,7 +167,7 @@ class SignEncoder:
 
 @dataclass(frozen=True)
 class AffineEncoder:
-    """Per-token groups of 32 channels, min/max to `planes` bits: alpha is half the range of a code bit, beta the middle.
+    """Per-token groups of 32 channels, min/max to `planes` bits: alpha is half a code step, beta the middle.
 
     Words are plane-major (most significant first), so that fewer planes are a prefix: word p * G + g.
     """

@@ -1,0 +1,245 @@
+"""Attention over stored rows: blocks of tokens give partial softmax sums, which are merged in the order of tokens.
+
+The sign-weighted sums add a token's weight where its bit is 0, under a mask, and come out as (sum of all weights) - 2
+(that): half the work of adding +-weight, and of the two bits the one that x86 compilers turn into a masked addition.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvstore_kernels.compiled.jit import kernel, reassociating
+from kvstore_kernels.compiled.rows import DenseBlocks, Floats, SignBlocks
+from kvstore_kernels.compiled.score import BLOCK_TOKENS, KeyReader, key_reader, padded, soft_cap
+from kvstore_kernels.compiled.threads import run
+from kvstore_kernels.shapes import check_pair, heads_of, query_group
+from kvstore_kernels.types import DenseRows, Rows, SignRows
+
+ROWS_AT_ONCE = 32
+"""Query rows of a KV head in one pass; with WAVE_BLOCKS it bounds the memory of partial sums."""
+
+WAVE_BLOCKS = 64
+"""Blocks whose partial sums are kept before they are merged."""
+
+BIT = np.left_shift(np.uint32(1), np.arange(32, dtype=np.uint32)).view(np.int32)
+
+
+class ValueReader(Protocol):
+    """Values as sums over tokens, from which `combine` makes sum_n p_n v^_n; `width` sums a query row."""
+
+    width: int
+
+    def add(self, tokens: slice, head: int, weights: Floats, sums: NDArray[np.float64]) -> None:
+        """Adds the sums of weights [R, n] to sums [R, width]."""
+        ...
+
+    def combine(self, head: int, sums: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[R, D] of sums [R, width] and the sum of weights [R]."""
+        ...
+
+
+@dataclass
+class _Partial:
+    """Softmax sums of some tokens relative to their best logit, with any leading dimensions before [R]."""
+
+    best: Floats
+    total: NDArray[np.float64]
+    sums: NDArray[np.float64]
+
+    def merged(self) -> "_Partial":
+        """The leading dimension summed away, in its order."""
+        best = self.best.max(0)
+        scale = np.exp((self.best - best).astype(np.float64))
+        return _Partial(best, (self.total * scale).sum(0), (self.sums * scale[..., None]).sum(0))
+
+
+def attend(
+    q: Tensor, keys: Rows, values: Rows, *, sm_scale: float, logit_soft_cap: float = 0.0, debias: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """As `reference.attend.attend`."""
+    tokens, (heads, head_dim) = check_pair(keys, values), heads_of(keys)
+    group = query_group(q, heads, head_dim)
+    out, lse = torch.zeros(*q.shape), torch.full(q.shape[:2], -torch.inf)
+    if tokens == 0:
+        return out, lse
+    reader = value_reader(values)
+    step = max(1, ROWS_AT_ONCE // group)
+    for start in range(0, len(q), step):
+        part = q[start : start + step]
+        key_rows = key_reader(part, keys, sm_scale=sm_scale, debias=debias)
+        rows = len(part) * group
+        state = _reduce(key_rows, reader, tokens, (heads, padded(rows)), logit_soft_cap)
+        for head in range(heads):
+            total = state.total[head, :rows]
+            mean = reader.combine(head, state.sums[head, :rows], total) / total[:, None]
+            columns = slice(head * group, (head + 1) * group)
+            out[start : start + step, columns] = torch.from_numpy(mean).float().unflatten(0, (-1, group))
+            log = torch.from_numpy(state.best[head, :rows] + np.log(total)).float()
+            lse[start : start + step, columns] = log.unflatten(0, (-1, group))
+    return out, lse
+
+
+def _reduce(keys: KeyReader, values: ValueReader, tokens: int, rows: tuple[int, int], cap: float) -> _Partial:
+    """The sums of all tokens, for (H, R) query rows."""
+    blocks = -(-tokens // BLOCK_TOKENS)
+    state = _Partial(np.full(rows, -np.inf, np.float32), np.zeros(rows), np.zeros((*rows, values.width)))
+    for first in range(0, blocks, WAVE_BLOCKS):
+        count = min(WAVE_BLOCKS, blocks - first)
+        # The sums so far are the first of the wave.
+        wave = _Partial(
+            *(np.concatenate([part[None], np.zeros((count, *part.shape), part.dtype)]) for part in _parts(state))
+        )
+
+        def task(index: int, first: int = first, wave: _Partial = wave) -> None:
+            start = (first + index) * BLOCK_TOKENS
+            block = slice(start, min(start + BLOCK_TOKENS, tokens))
+            weights = np.empty((rows[1], block.stop - block.start), np.float32)
+            for head in range(rows[0]):
+                keys.logits(block, head, weights)
+                soft_cap(weights, cap)
+                best = weights.max(1)
+                np.exp(np.subtract(weights, best[:, None], out=weights), out=weights)
+                wave.best[index + 1, head] = best
+                _row_sums(weights, wave.total[index + 1, head])
+                values.add(block, head, weights, wave.sums[index + 1, head])
+
+        run(task, count)
+        state = wave.merged()
+    return state
+
+
+def _parts(partial: _Partial) -> tuple[NDArray, NDArray, NDArray]:
+    return partial.best, partial.total, partial.sums
+
+
+def value_reader(values: Rows) -> ValueReader:
+    return _SignValues(values) if isinstance(values, SignRows) else _DenseValues(values)
+
+
+class _SignValues:
+    """Sums of a head: one a sign row, then one a group's offset."""
+
+    def __init__(self, values: SignRows) -> None:
+        self._expansion, self._blocks = values.expansion, SignBlocks(values)
+        layout = values.expansion.layout
+        self._groups = [np.array(groups, np.int64) for groups in layout.word_groups]
+        self.width = max(len(matrix) for matrix in values.expansion.matrix) + layout.groups
+
+    def add(self, tokens: slice, head: int, weights: Floats, sums: NDArray[np.float64]) -> None:
+        alphas, betas = self._blocks.scales(tokens, head)
+        words = self._blocks.words(tokens, head)
+        _sign_sums(words, self._groups[head], weights, alphas, BIT, sums)
+        _offset_sums(weights, betas, sums[:, 32 * words.shape[1] :])
+
+    def combine(self, head: int, sums: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:
+        matrix = self._expansion.matrix[head].numpy()
+        out = total[:, None] * self._expansion.mean[head].numpy().astype(np.float64)
+        out += sums[:, : len(matrix)] @ matrix.astype(np.float64)
+        if self._expansion.offset_basis is not None:
+            basis = self._expansion.offset_basis.numpy().astype(np.float64)
+            out += sums[:, len(matrix) : len(matrix) + len(basis)] @ basis
+        return out
+
+
+class _DenseValues:
+    def __init__(self, values: DenseRows) -> None:
+        self._blocks, self.width = DenseBlocks(values.data), values.data.shape[2]
+
+    def add(self, tokens: slice, head: int, weights: Floats, sums: NDArray[np.float64]) -> None:
+        _dense_sums(self._blocks.read(tokens, head), weights, sums)
+
+    def combine(self, head: int, sums: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:
+        return sums
+
+
+@reassociating
+def _row_sums(weights, sums):
+    for row in range(weights.shape[0]):
+        total = 0.0
+        for token in range(weights.shape[1]):
+            total += np.float64(weights[row, token])
+        sums[row] = total
+
+
+@kernel
+def _sign_sums(words, groups, weights, alphas, bit, sums):
+    """sums[r, 32 w + j] += sum_n weights[r, n] alphas[g(w), n] t_nwj, in float32 over 256 tokens, then in float64."""
+    count = words.shape[0]
+    whole = (count + 1) // 2 * 2
+    lines = np.zeros((words.shape[1], whole), np.int32)
+    for token in range(count):
+        for word in range(words.shape[1]):
+            lines[word, token] = words[token, word]
+    scaled = np.zeros((alphas.shape[0], whole, 4), np.float32)
+    totals = np.zeros((alphas.shape[0], 4))
+    zeros = np.empty((4, 32), np.float32)
+    for quad in range(weights.shape[0] // 4):
+        totals[:] = 0
+        for group in range(alphas.shape[0]):
+            for token in range(count):
+                for row in range(4):
+                    scaled[group, token, row] = weights[4 * quad + row, token] * alphas[group, token]
+                    totals[group, row] += scaled[group, token, row]
+        for word in range(words.shape[1]):
+            group = groups[word]
+            for start in range(0, whole, 256):
+                zeros[:] = 0
+                stop = min(start + 256, whole)
+                _add_zeros(lines[word, start:stop], scaled[group, start:stop], bit, zeros)
+                for row in range(4):
+                    for j in range(32):
+                        sums[4 * quad + row, 32 * word + j] -= 2 * np.float64(zeros[row, j])
+            for row in range(4):
+                for j in range(32):
+                    sums[4 * quad + row, 32 * word + j] += totals[group, row]
+
+
+@kernel
+def _add_zeros(line, weights, bit, zeros):
+    """zeros[r, j] += sum over tokens whose bit j is 0 of weights[n, r]; two tokens a pass over the sums."""
+    for token in range(0, line.shape[0], 2):
+        word, next_word = line[token], line[token + 1]
+        a0, a1, a2, a3 = weights[token, 0], weights[token, 1], weights[token, 2], weights[token, 3]
+        b0, b1, b2, b3 = weights[token + 1, 0], weights[token + 1, 1], weights[token + 1, 2], weights[token + 1, 3]
+        for j in range(32):
+            sum0, sum1, sum2, sum3 = zeros[0, j], zeros[1, j], zeros[2, j], zeros[3, j]
+            one = (word & bit[j]) != 0
+            sum0 = sum0 if one else sum0 + a0
+            sum1 = sum1 if one else sum1 + a1
+            sum2 = sum2 if one else sum2 + a2
+            sum3 = sum3 if one else sum3 + a3
+            one = (next_word & bit[j]) != 0
+            sum0 = sum0 if one else sum0 + b0
+            sum1 = sum1 if one else sum1 + b1
+            sum2 = sum2 if one else sum2 + b2
+            sum3 = sum3 if one else sum3 + b3
+            zeros[0, j], zeros[1, j], zeros[2, j], zeros[3, j] = sum0, sum1, sum2, sum3
+
+
+@kernel
+def _offset_sums(weights, betas, sums):
+    for row in range(weights.shape[0]):
+        for group in range(betas.shape[0]):
+            total = 0.0
+            for token in range(weights.shape[1]):
+                total += np.float64(weights[row, token] * betas[group, token])
+            sums[row, group] += total
+
+
+@reassociating
+def _dense_sums(rows, weights, sums):
+    """sums[r] += sum_n weights[r, n] rows[n], in float32 over 256 tokens, then in float64."""
+    part = np.empty(rows.shape[1], np.float32)
+    for row in range(weights.shape[0]):
+        for start in range(0, rows.shape[0], 256):
+            part[:] = 0
+            for token in range(start, min(start + 256, rows.shape[0])):
+                weight = weights[row, token]
+                for channel in range(rows.shape[1]):
+                    part[channel] += weight * rows[token, channel]
+            for channel in range(rows.shape[1]):
+                sums[row, channel] += np.float64(part[channel])
