@@ -61,8 +61,8 @@ def test_layers_may_come_one_by_one_and_as_views():
     ],
 )
 def test_what_does_not_fit_the_session_is_refused_by_name(change, text: str):  # type: ignore[no-untyped-def]
+    k, v = change(*block(4))
     with pytest.raises(InvalidArgument, match=text) as caught:
-        k, v = change(*block(4))
         block_of(k, v, SHAPE)
     assert caught.value.facts["field"] == text[0]
 
