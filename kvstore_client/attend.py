@@ -100,6 +100,8 @@ class _Call:
     def __init__(self, transport: Transport, affinity: str) -> None:
         self.open = True
         self._ids = count(1)
+        self._active = 0
+        """Steps on their way, those that still wait for their bind too."""
         self._outbox: asyncio.Queue[pb.AttendRequest | None] = asyncio.Queue(4 * INFLIGHT_MAX)
         self._owed: dict[tuple[str, int], asyncio.Future[pb.AttendResponse]] = {}
         """By the field of AttendResponse that echoes the id, and the id."""
@@ -109,6 +111,7 @@ class _Call:
     async def attend(self, step: Step, seconds: float) -> pb.AttendResult:
         request_id = next(self._ids)
         sent = False
+        self._active += 1
         try:
             async with asyncio.timeout(seconds) as limit:
                 handle = await self._bind(step.session, step.generation)
@@ -124,6 +127,7 @@ class _Call:
             raise
         finally:
             self._owed.pop(("request_id", request_id), None)
+            self._active -= 1
             self._end_if_retired()
 
     async def close(self) -> None:
@@ -168,7 +172,7 @@ class _Call:
             self._outbox.put_nowait(pb.AttendRequest(cancel=pb.AttendCancel(request_id=request_id)))
 
     def _end_if_retired(self) -> None:
-        if not self.open and not self._owed:
+        if not self.open and not self._active:
             with suppress(asyncio.QueueFull):
                 self._outbox.put_nowait(None)
 

@@ -7,7 +7,6 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-from kvstore_kernels.backend import Backend, cpu_backend
 from torch import Tensor
 
 from kvstore_client.errors import InvalidArgument, invalid
@@ -20,6 +19,7 @@ from kvstore_codecs.plan import CodecPlan
 from kvstore_codecs.resolve import plan_for
 from kvstore_codecs.sketch import KindRows, encode_kind
 from kvstore_codecs.spec import KINDS, Kind
+from kvstore_kernels.backend import Backend, cpu_backend
 from kvstore_kernels.types import NonFiniteError, ScaleRangeError
 from kvstore_proto.v1 import kvstore_pb2 as pb
 
@@ -59,7 +59,7 @@ async def sketcher_for(link: Link, info: SessionInfo, timeout: float) -> Sketche
         return None
     if plan.bytes_per_token >= info.shape.raw_bytes_per_token:
         return None
-    return Sketcher(plan, info.exact_end, cpu_backend())
+    return Sketcher(plan, info.exact_end, await asyncio.to_thread(cpu_backend))
 
 
 def _frames(layer: int, kind: Kind, rows: KindRows, exact: int) -> list[Frame]:

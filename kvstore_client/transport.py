@@ -69,7 +69,7 @@ class ChannelOptions:
             ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),
             ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 1000),
+            ("grpc.min_reconnect_backoff_ms", 5000),
             ("grpc.max_reconnect_backoff_ms", int(self.reconnect_seconds_max * 1000)),
             ("grpc.primary_user_agent", f"remote-kv-store-python/{_version()}"),
             ("grpc.enable_retries", 0),

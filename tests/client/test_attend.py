@@ -332,10 +332,32 @@ async def test_a_stream_with_too_many_sessions_is_followed_by_a_fresh_one(
     assert attending.streams == 3
 
 
+async def test_the_last_session_of_a_full_stream_still_gets_its_step_through(
+    server: ScriptedServer, client: AsyncKVStoreClient, monkeypatch: pytest.MonkeyPatch
+):
+    """Its bind is answered together with the last other step, after which the stream would seem to be done with."""
+    monkeypatch.setattr(attend, "HANDLES_MAX", 2)
+
+    async def answer_together(_: object, requests, **__: object):  # type: ignore[no-untyped-def]
+        yield bound((await anext(requests)).bind)
+        step = (await anext(requests)).step
+        bind = (await anext(requests)).bind
+        yield bound(bind)
+        yield answer(step)
+        yield answer((await anext(requests)).step)
+
+    first, second = [await opened(server, client, name, affinity="one") for name in ("first", "second")]
+    monkeypatch.setattr(first._link.transport, "duplex", answer_together)
+    waiting = asyncio.create_task(first.attend(1, query(), timeout=2))
+    await asyncio.sleep(0.01)
+    await asyncio.gather(waiting, second.attend(2, query(), timeout=2))
+
+
 async def test_a_stream_that_nobody_reads_any_more_is_given_up_before_its_queue_grows(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(attend, "INFLIGHT_MAX", 1)
+    monkeypatch.setattr(attend, "CLOSE_SECONDS", 0.01)
     opened: list[int] = []
 
     async def deaf_after_binding(_: object, requests, **__: object):  # type: ignore[no-untyped-def]
@@ -352,6 +374,7 @@ async def test_a_stream_that_nobody_reads_any_more_is_given_up_before_its_queue_
             await session.attend(0, query(), timeout=0.05)
     await session.attend(0, query())
     assert len(opened) == 2
+    await session._link.close()
 
 
 async def test_closing_the_client_ends_its_streams_in_order(server: ScriptedServer, attending: Attending):

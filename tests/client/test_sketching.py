@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvstore_client import AsyncKVStoreClient, CodecSpec, InvalidArgument, LayerOverride, Session
+from kvstore_client import AsyncKVStoreClient, CodecSpec, InvalidArgument, LayerOverride, Session, sketching
 from kvstore_client.tensors import to_proto
 from kvstore_codecs.plan import CodecPlan, Fit
 from kvstore_codecs.resolve import plan_for
 from kvstore_codecs.sketch import encode_kind
 from kvstore_codecs.spec import KINDS, Affine, Qjl, Raw, Rotated
-from kvstore_kernels.backend import cpu_backend
+from kvstore_kernels.backend import ReferenceBackend
 from kvstore_proto.v1 import kvstore_pb2 as pb
 
 from . import inputs
@@ -78,6 +78,12 @@ class FittingSession(AppendLog):
         return [(start, tokens, encoding) for start, (tokens, encoding, _) in sorted(self.commits.items())]
 
 
+@pytest.fixture(autouse=True)
+def _reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled operations make the same bytes, but take seconds to load."""
+    monkeypatch.setattr(sketching, "cpu_backend", ReferenceBackend)
+
+
 RAW, SKETCH = pb.ENCODING_RAW, pb.ENCODING_SKETCH
 
 
@@ -92,7 +98,7 @@ async def session(client: AsyncKVStoreClient, fitting: FittingSession) -> Sessio
 
 
 def expected(x: Tensor, plan: CodecPlan, layer: int, kind: int, exact: int) -> dict[int, bytes]:
-    rows = encode_kind(x, plan.of(layer, KINDS[kind - 1]), exact, cpu_backend())
+    rows = encode_kind(x, plan.of(layer, KINDS[kind - 1]), exact, ReferenceBackend())
     parts = {pb.PART_ROWS: rows.rows}
     if rows.signs is not None:
         parts |= {pb.PART_WORDS: rows.signs.words, pb.PART_SCALES: rows.signs.scales}
