@@ -59,8 +59,11 @@ class Appender:
         return min(server.limit("append_tokens_max"), bytes_max // token_bytes)
 
     async def _send(self, piece: Block, start: int, encode: bool, timeout: float) -> None:
-        """One atomic append. Sketches that do not match what is stored are compared as vectors too: that is how an
-        append made before the fit, or by a writer that does not encode, is recognised."""
+        """One atomic append.
+
+        Sketches that are not what is stored are compared as vectors too: that is how an append made before the fit, or
+        by a writer that does not encode, is recognised.
+        """
         if encode and (sketcher := await self._ready_sketcher(timeout)) is not None:
             frames = await asyncio.to_thread(sketcher.encode, piece, start)
             header = self._header(piece, start, sum(frame.data.nbytes for frame in frames))

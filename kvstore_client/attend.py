@@ -145,7 +145,10 @@ class _Call:
         if key not in self._binds:
             handle = next(self._ids)
             bind = pb.AttendBind(handle=handle, session=session, generation=generation)
-            self._binds[key] = handle, self._send(pb.AttendRequest(bind=bind), ("handle", handle))
+            answer = self._send(pb.AttendRequest(bind=bind), ("handle", handle))
+            # Those who asked may be gone when it fails: it then counts as seen.
+            answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._binds[key] = handle, answer
             if len(self._binds) >= HANDLES_MAX:
                 self.open = False
         handle, bound = self._binds[key]

@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import time
 
 import pytest
@@ -246,6 +247,24 @@ async def test_a_cancelled_step_does_not_take_the_bind_from_the_others(server: S
     free.set()
     assert (await second)[0][0, 0, 0] == 2
     assert first.cancelled()
+
+
+async def test_a_bind_that_nobody_waits_for_any_more_fails_silently(
+    server: ScriptedServer, client: AsyncKVStoreClient, session: Session, caplog: pytest.LogCaptureFixture
+):
+    async def never_bind(requests, context):  # type: ignore[no-untyped-def]
+        async for _ in requests:
+            pass
+        return
+        yield
+
+    server.always("Attend", never_bind)
+    with pytest.raises(DeadlineExceeded):
+        await session.attend(0, query(), timeout=0.05)
+    await client.close()
+    session._link._streams.clear()
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 
 async def test_a_pinned_step_keeps_its_end_while_the_session_grows(
