@@ -1,0 +1,139 @@
+"""Wires the parts together, serves, and drains."""
+
+import asyncio
+import logging
+import signal
+from importlib.metadata import version
+from time import monotonic
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from kvstore_kernels import open_backend
+from kvstore_server.config import Address, Settings
+from kvstore_server.config import Index as IndexSettings
+from kvstore_server.limits import PROTOCOL_OVERHEAD_BYTES
+from kvstore_server.metadata.index import Index
+from kvstore_server.metadata.memory import MemoryIndex
+from kvstore_server.metadata.redis import RedisIndex
+from kvstore_server.rpc.handlers import SERVICE, Admission, generic_handler
+from kvstore_server.rpc.service import KVStoreServicer, server_info
+from kvstore_server.scheduling.engine import Engine
+from kvstore_server.scheduling.self_check import self_check
+from kvstore_server.sessions.service import SessionService
+from kvstore_server.storage.local import LocalStore
+from kvstore_server.telemetry import Telemetry
+
+LOG = logging.getLogger(__name__)
+ENGINE_WAITING_MAX = 4096
+
+
+class Server:
+    """One replica. `start` returns when it is SERVING; `drain` finishes what was admitted."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.admission = Admission()
+        self.telemetry = Telemetry()
+        self.port = 0
+        self._health = health.aio.HealthServicer()
+
+    async def start(self) -> None:
+        """Opens the store and the device, checks both, and serves. Raises what stops it."""
+        settings = self.settings
+        store = LocalStore(settings.storage.folder)
+        await asyncio.to_thread(store.probe)
+        backend = open_backend(settings.device.name)
+        self._engine = Engine(ENGINE_WAITING_MAX)
+        self.sessions = SessionService(store, open_index(settings.index), self._engine, backend, settings)
+        self._measure()
+        await self.sessions.start()
+        await self._engine.run(lambda: self_check(backend), monotonic() + 60)
+        info = server_info(version("remote-kv-store"), backend.name, self.sessions, "local", settings.index.url)
+        self._grpc = grpc.aio.server(options=_options(settings))
+        servicer = KVStoreServicer(self.sessions, self.admission, info)
+        self._grpc.add_generic_rpc_handlers((generic_handler(servicer, self.admission, self.telemetry),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        if settings.listen.reflection:
+            names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._grpc)
+        self.port = self._grpc.add_insecure_port(str(settings.listen.address))
+        await self._grpc.start()
+        self._metrics = (
+            self.telemetry.serve(settings.listen.metrics_address) if settings.listen.metrics_address else None
+        )
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        LOG.info(
+            "serving on %s, device %s, store %s, index %s",
+            Address(settings.listen.address.host, self.port),
+            backend.name,
+            settings.storage.folder,
+            settings.index.url,
+        )
+
+    async def drain(self) -> bool:
+        """NOT_SERVING, no new calls, admitted ones finish within `drain_seconds`; False if some had to be cut off."""
+        LOG.info("draining, %d calls in flight", self.admission.in_flight)
+        self.admission.draining.set()
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        finished = True
+        try:
+            await asyncio.wait_for(self.admission.idle(), self.settings.drain_seconds)
+        except TimeoutError:
+            finished = False
+        await self._grpc.stop(grace=0 if not finished else 1)
+        await self.sessions.close()
+        await asyncio.to_thread(self._engine.close, 5.0)
+        if self._metrics is not None:
+            self._metrics[0].shutdown()
+            self._metrics[0].server_close()
+        LOG.info("drained" if finished else "cut off what did not finish within drain_seconds")
+        return finished
+
+    def _measure(self) -> None:
+        registry, engine, gauge = self.sessions.registry, self._engine, self.telemetry.gauge
+        gauge("kvstore_resident_bytes", "Bytes of loaded sessions", lambda: registry.resident_bytes)
+        gauge("kvstore_resident_sessions", "Sessions that are loaded", lambda: registry.resident_sessions)
+        gauge("kvstore_device_waiting", "Pieces of work that wait for the device", lambda: engine.waiting)
+        gauge("kvstore_index_lag", "Changes that the index has not seen", lambda: self.sessions.index_lag)
+        gauge("kvstore_calls_in_flight", "Calls being answered", lambda: self.admission.in_flight)
+
+    async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
+        for service in ("", SERVICE.full_name):
+            await self._health.set(service, status)
+
+
+async def serve(settings: Settings) -> int:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once. The process's exit code."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    server = Server(settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await server.start()
+    await stop.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+    return 0 if await server.drain() else 1
+
+
+def open_index(settings: IndexSettings) -> Index:
+    """The index that the settings name; it is not asked anything yet."""
+    if settings.url == "memory":
+        return MemoryIndex()
+    return RedisIndex(settings.url, password=settings.read_password(), timeout_seconds=settings.timeout_seconds)
+
+
+def _options(settings: Settings) -> list[tuple[str, int]]:
+    message = settings.limits.message_bytes_max + PROTOCOL_OVERHEAD_BYTES
+    return [
+        ("grpc.max_receive_message_length", message),
+        ("grpc.max_send_message_length", message),
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        # Only identity: gRPC inflates a compressed message before its size is checked.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
+    ]

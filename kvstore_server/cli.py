@@ -1,0 +1,163 @@
+"""`kvstore`: the server and what an operator or a newcomer does with it."""
+
+import asyncio
+import logging
+import sys
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from kvstore_client import KVStoreClient, KVStoreError
+from kvstore_server.report import print_info, print_session, print_sessions
+
+TargetOption = Annotated[str, typer.Option(help="host:port of a server", envvar="KVSTORE_TARGET")]
+TARGET = "127.0.0.1:7700"
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="A remote compressed-KV store that can be queried.")
+sessions = typer.Typer(no_args_is_help=True, help="Sessions of a running server.")
+app.add_typer(sessions, name="sessions")
+bench = typer.Typer(no_args_is_help=True, help="Measurements, each with a peer or ceiling in the same run.")
+app.add_typer(bench, name="bench")
+
+
+def main() -> None:
+    """Runs the command line; what a server refuses is one line and exit code 1."""
+    try:
+        app()
+    except KVStoreError as error:
+        Console(stderr=True).print(f"[red]{error.code}[/]: {error}", highlight=False)
+        sys.exit(1)
+
+
+@app.command()
+def version() -> None:
+    """Print the installed version."""
+    print(installed_version("remote-kv-store"))
+
+
+@app.command()
+def serve(
+    config: Annotated[Path | None, typer.Option(help="A YAML file of settings (docs: deploy/kvstore.yaml)")] = None,
+    data: Annotated[str | None, typer.Option(help="The local folder of the store")] = None,
+    listen: Annotated[str | None, typer.Option(help="host:port; port 0 takes a free one")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda:N")] = None,
+    index: Annotated[str | None, typer.Option(help="memory or redis://host:port/db")] = None,
+    insecure: Annotated[bool, typer.Option(help="Allow an address that other machines reach")] = False,
+    metrics: Annotated[str | None, typer.Option(help="host:port of /metrics, or `off`")] = None,
+) -> None:
+    """Run a server until SIGTERM, then drain."""
+    from kvstore_server.app import serve as run
+    from kvstore_server.config import ConfigError, load
+    from kvstore_server.log import configure
+
+    given: dict[str, dict[str, Any]] = {
+        "storage": {"url": data},
+        "listen": {"address": listen, "insecure": insecure or None, "metrics_address": metrics},
+        "device": {"name": device},
+        "index": {"url": index},
+    }
+    overrides = {name: {k: v for k, v in section.items() if v is not None} for name, section in given.items()}
+    if metrics == "off":
+        overrides["listen"]["metrics_address"] = None
+    try:
+        settings = load(config, {name: section for name, section in overrides.items() if section})
+    except ConfigError as error:
+        Console(stderr=True).print(str(error), style="red", highlight=False)
+        raise typer.Exit(2) from None
+    configure(settings.log)
+    try:
+        code = asyncio.run(run(settings))
+    except Exception as error:
+        logging.getLogger(__name__).critical("the server stops: %s", error, exc_info=error)
+        code = 1
+    raise typer.Exit(code)
+
+
+@app.command()
+def health(target: TargetOption = TARGET, timeout_seconds: float = 5.0) -> None:
+    """Exit 0 if a server is SERVING: for probes."""
+    from kvstore_server.rpc.probe import is_serving
+
+    if not is_serving(target, timeout_seconds):
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(target: TargetOption = TARGET) -> None:
+    """What a server is and what it allows."""
+    with KVStoreClient(target) as client:
+        print_info(client.server_info())
+
+
+@app.command()
+def verify(
+    data: Annotated[Path, typer.Argument(help="The local folder of a store")],
+) -> None:
+    """Check every object of a data folder, offline: exit 1 and the damaged ranges if there are any."""
+    from kvstore_server.storage.local import LocalStore
+    from kvstore_server.storage.verify import verify_store
+
+    if not data.is_dir():
+        raise typer.BadParameter(f"{data} is not a folder")
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("verifying")
+        report = verify_store(
+            LocalStore(data),
+            lambda r: progress.update(task, completed=r.sessions, total=r.sessions_total),
+        )
+    for damaged in report.damaged:
+        print(damaged)
+    print(
+        f"{report.sessions} sessions, {report.records} records, {report.segments} segments, {report.bytes:,} bytes: "
+        f"{len(report.damaged) or 'nothing'} damaged"
+    )
+    if report.damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    text: Annotated[Path | None, typer.Option(help="Another text than docstrings of the standard library")] = None,
+) -> None:
+    """One long context on a real model: read once, shared by two workers, continued after a kill -9."""
+    from kvstore_client.demo.main import run
+
+    raise typer.Exit(run(text))
+
+
+@bench.command("ops")
+def bench_ops(json: Annotated[Path | None, typer.Option(help="Write the table as JSON too")] = None) -> None:
+    """The ops on this machine's CPU beside exact float32 attention by torch."""
+    from kvstore_kernels.bench import run
+
+    run(json)
+
+
+@sessions.command("list")
+def list_sessions(prefix: str = "", target: TargetOption = TARGET) -> None:
+    """Every session: tokens, bytes, ratio, codec."""
+    with KVStoreClient(target) as client:
+        print_sessions(client.list_sessions(prefix))
+
+
+@sessions.command()
+def show(name: str, target: TargetOption = TARGET) -> None:
+    """One session, all there is to know."""
+    with KVStoreClient(target) as client:
+        print_session(client.open_session(name).info())
+
+
+@sessions.command()
+def delete(name: str, target: TargetOption = TARGET) -> None:
+    """Delete a session; forks keep what they share."""
+    with KVStoreClient(target) as client:
+        deleted = client.delete_session(name)
+    print("deleted" if deleted else "there was no such session")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""A tensor that grows at its end: appended rows never move what a reader already holds."""
+
+import torch
+from torch import Tensor
+
+FIRST_ROWS = 256
+
+
+class GrowingRows:
+    """[N, ...] with room to grow. A view stays valid: rows are written once, and growth copies to a new buffer."""
+
+    def __init__(self, width: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._buffer = torch.empty((0, *width), dtype=dtype)
+        self.length = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._buffer.nbytes
+
+    def reserve(self, rows: int) -> None:
+        """Makes room for `rows` in all, at once."""
+        if rows > self._buffer.shape[0]:
+            grown = torch.empty((rows, *self._buffer.shape[1:]), dtype=self._buffer.dtype)
+            grown[: self.length] = self._buffer[: self.length]
+            self._buffer = grown
+
+    def extend(self, rows: Tensor) -> None:
+        """Appends `rows` [n, ...]."""
+        needed = self.length + rows.shape[0]
+        if needed > self._buffer.shape[0]:
+            self.reserve(max(needed, self._buffer.shape[0] * 3 // 2, FIRST_ROWS))
+        self._buffer[self.length : needed] = rows
+        self.length = needed
+
+    def between(self, start: int, end: int) -> Tensor:
+        """Rows [start, end), a view."""
+        return self._buffer[start:end]

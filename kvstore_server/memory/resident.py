@@ -1,0 +1,113 @@
+"""One session's rows in host memory, as the ops read them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvstore_codecs.plan import CodecPlan, DensePlan, KindPlan, SignPlan
+from kvstore_codecs.sketch import KindRows
+from kvstore_codecs.spec import KINDS, Kind, ModelShape
+from kvstore_kernels import DenseRows, Rows, SignRows, Signs, as_torch_dtype
+from kvstore_server.memory.growing import GrowingRows
+
+AppendRows = Sequence[tuple[KindRows, KindRows]]
+"""Keys and values of each layer of one append."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Positions [start, end) of one layer, stored one way."""
+
+    start: int
+    end: int
+    keys: Rows
+    values: Rows
+
+
+class KindStore:
+    """One layer and kind: exact rows (all of them where the plan is dense), then packed signs."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        self.rows = GrowingRows((shape.kv_heads, shape.head_dim), as_torch_dtype(shape.dtype))
+        self.words: GrowingRows | None = None
+        self.scales: GrowingRows | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes + sum(part.nbytes for part in (self.words, self.scales) if part is not None)
+
+    def extend(self, kind: KindRows) -> None:
+        self.rows.extend(kind.rows)
+        if kind.signs is not None:
+            if self.words is None or self.scales is None:
+                self.words = GrowingRows(kind.signs.words.shape[1:], kind.signs.words.dtype)
+                self.scales = GrowingRows(kind.signs.scales.shape[1:], kind.signs.scales.dtype)
+            self.words.extend(kind.signs.words)
+            self.scales.extend(kind.signs.scales)
+
+    def sketched(self, start: int, end: int) -> Signs:
+        if self.words is None or self.scales is None:
+            raise LookupError("no signs are stored here")
+        return Signs(self.words.between(start, end), self.scales.between(start, end))
+
+
+class ResidentSession:
+    """The rows of positions [0, length) of one session. Readers may hold views while it grows; one writer at a time.
+
+    Positions below `exact_end` are exact in every layer; None: nothing is fitted yet, so all of them are.
+    """
+
+    def __init__(self, shape: ModelShape) -> None:
+        self.shape = shape
+        self.plan: CodecPlan | None = None
+        self.exact_end: int | None = None
+        self.length = 0
+        self._layers = [{kind: KindStore(shape) for kind in KINDS} for _ in range(shape.layers)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return as_torch_dtype(self.shape.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(store.nbytes for layer in self._layers for store in layer.values())
+
+    def adopt(self, plan: CodecPlan, exact_end: int) -> None:
+        """Rows at or above `exact_end` come as the plan says; before this, all are exact."""
+        self.plan, self.exact_end = plan, exact_end
+
+    def extend(self, rows: AppendRows, tokens: int) -> None:
+        for layer, pair in zip(self._layers, rows, strict=True):
+            for kind, part in zip(KINDS, pair, strict=True):
+                layer[kind].extend(part)
+        self.length += tokens
+
+    def blocks(self, layer: int, start: int, end: int, levels: dict[Kind, int]) -> Iterator[Block]:
+        """Positions [start, end) of `layer` at a level for each kind: exact ones first, then sketched ones."""
+        border = end if self.exact_end is None else min(max(self.exact_end, start), end)
+        if start < border:
+            keys, values = (DenseRows(self._layers[layer][kind].rows.between(start, border)) for kind in KINDS)
+            yield Block(start, border, keys, values)
+        if border < end:
+            keys, values = (self._compressed(layer, kind, border, end, levels[kind]) for kind in KINDS)
+            yield Block(border, end, keys, values)
+
+    def plan_of(self, layer: int, kind: Kind) -> KindPlan:
+        return DensePlan() if self.plan is None else self.plan.of(layer, kind)
+
+    def exact_rows(self, layer: int, kind: Kind, start: int, end: int) -> Tensor:
+        """[end - start, H, D] in the session's dtype, of positions that are stored exactly."""
+        return self._layers[layer][kind].rows.between(start, end)
+
+    def signs(self, layer: int, kind: Kind, start: int, end: int) -> Signs:
+        """Packed sketches of positions [start, end), all at or above `exact_end`."""
+        assert self.exact_end is not None
+        return self._layers[layer][kind].sketched(start - self.exact_end, end - self.exact_end)
+
+    def _compressed(self, layer: int, kind: Kind, start: int, end: int, level: int) -> Rows:
+        plan = self.plan_of(layer, kind)
+        if isinstance(plan, SignPlan):
+            return SignRows(self.signs(layer, kind, start, end), plan.levels[min(level, len(plan.levels) - 1)])
+        return DenseRows(self.exact_rows(layer, kind, start, end))

@@ -1,0 +1,200 @@
+"""Protobuf messages to plain values and back, with the checks that need no session."""
+
+import json
+from collections.abc import Mapping
+from typing import Literal, TypeVar
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from kvstore_codecs.spec import CodecSpec, Kind, ModelShape
+from kvstore_kernels import as_torch_dtype
+from kvstore_proto.v1 import kvstore_pb2 as pb
+from kvstore_server.errors import InvalidArgument
+from kvstore_server.sessions.assembly import AppendHeader, Encoding, Frame
+from kvstore_server.sessions.model import Fidelity, Precision, SessionInfo
+from kvstore_server.storage.geometry import Part
+
+T = TypeVar("T")
+
+DTYPES: dict[int, torch.dtype] = {
+    pb.DTYPE_FLOAT32: torch.float32,
+    pb.DTYPE_FLOAT16: torch.float16,
+    pb.DTYPE_BFLOAT16: torch.bfloat16,
+    pb.DTYPE_UINT32: torch.int32,
+    pb.DTYPE_INT64: torch.int64,
+}
+FLOATS: tuple[pb.Dtype.ValueType, ...] = (pb.DTYPE_FLOAT32, pb.DTYPE_FLOAT16, pb.DTYPE_BFLOAT16)
+DTYPE_NAMES: dict[int, Literal["float32", "float16", "bfloat16"]] = {
+    pb.DTYPE_FLOAT32: "float32",
+    pb.DTYPE_FLOAT16: "float16",
+    pb.DTYPE_BFLOAT16: "bfloat16",
+}
+DTYPE_NUMBERS: dict[torch.dtype, pb.Dtype.ValueType] = {
+    torch.float32: pb.DTYPE_FLOAT32,
+    torch.float16: pb.DTYPE_FLOAT16,
+    torch.bfloat16: pb.DTYPE_BFLOAT16,
+    torch.int32: pb.DTYPE_UINT32,
+    torch.int64: pb.DTYPE_INT64,
+}
+KIND_NUMBERS: dict[Kind, pb.Kind.ValueType] = {"keys": pb.KIND_KEYS, "values": pb.KIND_VALUES}
+KIND_NAMES: dict[int, Kind] = {pb.KIND_KEYS: "keys", pb.KIND_VALUES: "values"}
+PART_NUMBERS: dict[Part, pb.Part.ValueType] = {"rows": pb.PART_ROWS, "words": pb.PART_WORDS, "scales": pb.PART_SCALES}
+PART_NAMES: dict[int, Part] = {pb.PART_ROWS: "rows", pb.PART_WORDS: "words", pb.PART_SCALES: "scales"}
+ENCODING_NAMES: dict[int, Encoding] = {pb.ENCODING_RAW: "raw", pb.ENCODING_SKETCH: "sketch"}
+LSE_FACTORS: dict[int, float] = {pb.LSE_BASE_UNSPECIFIED: 1.0, pb.LSE_BASE_E: 1.0, pb.LSE_BASE_2: 1.4426950408889634}
+
+
+def chosen(names: Mapping[int, T], number: int, field: str) -> T:
+    """The value an enum number stands for; InvalidArgument naming `field` for an unknown or unspecified one."""
+    if number not in names:
+        raise InvalidArgument(field, f"{number} is not one of {sorted(names)}")
+    return names[number]
+
+
+def tensor_from(message: pb.Tensor, field: str, dims: int) -> Tensor:
+    """A float tensor of `dims` dimensions, finite, sharing the message's bytes where it can."""
+    if message.dtype not in FLOATS:
+        raise InvalidArgument(f"{field}.dtype", "must be float32, float16 or bfloat16")
+    if len(message.shape) != dims or any(not 1 <= size <= 2**31 for size in message.shape):
+        raise InvalidArgument(f"{field}.shape", f"{list(message.shape)[:8]} does not have {dims} positive dimensions")
+    dtype = DTYPES[message.dtype]
+    count = 1
+    for size in message.shape:
+        count *= size
+    data = message.data
+    if len(data) != count * dtype.itemsize:
+        raise InvalidArgument(f"{field}.data", f"{len(data)} bytes instead of {count * dtype.itemsize}")
+    tensor = torch.frombuffer(bytearray(data), dtype=dtype).reshape(tuple(message.shape))
+    if not torch.isfinite(tensor).all():
+        raise InvalidArgument(field, "holds NaN or Inf")
+    return tensor
+
+
+def tensor_to(tensor: Tensor) -> pb.Tensor:
+    tensor = tensor.contiguous()
+    data = tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return pb.Tensor(dtype=DTYPE_NUMBERS[tensor.dtype], shape=tensor.shape, data=data)
+
+
+def shape_from(message: pb.ModelShape) -> ModelShape:
+    groups = message.layer_groups
+    if not groups:
+        raise InvalidArgument("shape.layer_groups", "is empty")
+    first = groups[0]
+    if (
+        any(
+            (g.kv_heads, g.query_heads, g.k_dim, g.v_dim)
+            != (first.kv_heads, first.query_heads, first.k_dim, first.v_dim)
+            for g in groups
+        )
+        or first.k_dim != first.v_dim
+    ):
+        raise InvalidArgument("shape.layer_groups", "all layers must have equal heads and dims, and k_dim = v_dim")
+    try:
+        return ModelShape(
+            layers=sum(g.count for g in groups),
+            kv_heads=first.kv_heads,
+            query_heads=first.query_heads,
+            head_dim=first.k_dim,
+            dtype=chosen(DTYPE_NAMES, message.dtype, "shape.dtype"),
+            sm_scale=message.sm_scale or max(first.k_dim, 1) ** -0.5,
+            logit_soft_cap=message.logit_soft_cap,
+            model_fingerprint=message.model_fingerprint,
+        )
+    except ValidationError as error:
+        raise _refused("shape", error) from None
+
+
+def shape_to(shape: ModelShape) -> pb.ModelShape:
+    group = pb.LayerGroup(
+        count=shape.layers,
+        kv_heads=shape.kv_heads,
+        query_heads=shape.query_heads,
+        k_dim=shape.head_dim,
+        v_dim=shape.head_dim,
+    )
+    return pb.ModelShape(
+        layer_groups=[group],
+        dtype=DTYPE_NUMBERS[as_torch_dtype(shape.dtype)],
+        sm_scale=shape.sm_scale,
+        logit_soft_cap=shape.logit_soft_cap,
+        model_fingerprint=shape.model_fingerprint,
+    )
+
+
+def spec_from(text: str) -> CodecSpec:
+    try:
+        return CodecSpec.model_validate_json(text)
+    except ValidationError as error:
+        raise _refused("codec_json", error) from None
+
+
+def session_to(info: SessionInfo) -> pb.Session:
+    return pb.Session(
+        name=info.name,
+        generation=info.generation,
+        length=info.length,
+        shape=shape_to(info.shape),
+        codec_json=json.dumps(info.spec.model_dump(mode="json"), sort_keys=True, separators=(",", ":")),
+        codec_fingerprint=info.spec.fingerprint,
+        fitted=info.fitted,
+        exact_end=info.exact_end,
+        ttl_seconds=info.ttl_seconds,
+        pinned=info.pinned,
+        created_unix_seconds=info.created_unix_seconds,
+        stored_bytes=info.stored_bytes,
+        raw_bytes=info.raw_bytes,
+        forked_from=info.forked_from,
+        forked_at=info.forked_at,
+        affinity=info.affinity,
+        fit_fingerprint=info.fit_fingerprint,
+    )
+
+
+def header_from(message: pb.AppendHeader) -> AppendHeader:
+    return AppendHeader(
+        session=message.session,
+        generation=message.generation,
+        start=message.start,
+        tokens=message.tokens,
+        data_bytes=message.bytes,
+        encoding=chosen(ENCODING_NAMES, message.encoding, "header.encoding"),
+        fit_fingerprint=message.fit_fingerprint,
+        block_hashes=tuple(message.block_hashes),
+    )
+
+
+def frame_from(message: pb.AppendFrame) -> Frame:
+    return Frame(
+        layer=message.layer,
+        kind=chosen(KIND_NAMES, message.kind, "frame.kind"),
+        part=chosen(PART_NAMES, message.part, "frame.part"),
+        token_offset=message.token_offset,
+        tokens=message.tokens,
+        head_offset=message.head_offset,
+        heads=message.heads,
+        data=message.data,
+    )
+
+
+def precision_from(message: pb.Precision) -> Precision:
+    return Precision(message.keys_level, message.values_level, message.require_precision)
+
+
+def fidelity_to(fidelity: Fidelity) -> pb.Fidelity:
+    return pb.Fidelity(
+        codec=fidelity.codec,
+        codec_fingerprint=fidelity.codec_fingerprint,
+        precision=pb.Precision(keys_level=fidelity.precision.keys_level, values_level=fidelity.precision.values_level),
+        score_stderr=fidelity.score_stderr,
+        exact=fidelity.exact,
+    )
+
+
+def _refused(field: str, error: ValidationError) -> InvalidArgument:
+    """The first thing pydantic refused, named by its path below `field`."""
+    first = error.errors(include_url=False)[0]
+    path = ".".join(str(part) for part in (field, *first["loc"]))
+    return InvalidArgument(path, first["msg"])

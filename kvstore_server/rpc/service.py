@@ -1,0 +1,223 @@
+"""Every RPC: convert, call, convert. What a session is lives in kvstore_server.sessions."""
+
+import json
+from collections.abc import AsyncIterator
+from time import monotonic
+
+import grpc
+
+from kvstore_codecs.spec import Affine, Qjl, Raw, Rotated
+from kvstore_proto.v1 import kvstore_pb2 as pb
+from kvstore_server.errors import InvalidArgument, Unimplemented
+from kvstore_server.rpc import convert
+from kvstore_server.rpc.attend_stream import AttendStream
+from kvstore_server.rpc.fetch_stream import fetch_responses
+from kvstore_server.rpc.handlers import Admission
+from kvstore_server.sessions.model import Query
+from kvstore_server.sessions.service import SessionService
+
+TENANT = "default"
+CODECS = tuple(codec.model_fields["name"].default for codec in (Raw, Qjl, Rotated, Affine))
+
+
+class KVStoreServicer:
+    """The service of kvstore.proto for one tenant."""
+
+    def __init__(self, sessions: SessionService, admission: Admission, info: pb.GetServerInfoResponse) -> None:
+        self._sessions, self._admission, self._info = sessions, admission, info
+        self._limits = sessions.limits
+
+    async def CreateSession(
+        self, request: pb.CreateSessionRequest, _: grpc.aio.ServicerContext
+    ) -> pb.CreateSessionResponse:
+        if request.HasField("codec_json") and len(request.codec_json) > self._limits.codec_json_bytes_max:
+            limit = self._limits.codec_json_bytes_max
+            raise InvalidArgument("codec_json", f"is longer than {limit} bytes", limit=limit)
+        info, present = await self._sessions.lifecycle.create(
+            TENANT,
+            request.name,
+            convert.shape_from(request.shape),
+            convert.spec_from(request.codec_json) if request.HasField("codec_json") else None,
+            request.ttl_seconds if request.HasField("ttl_seconds") else None,
+            request.pinned,
+        )
+        return pb.CreateSessionResponse(session=convert.session_to(info), already_present=present)
+
+    async def GetSession(self, request: pb.GetSessionRequest, _: grpc.aio.ServicerContext) -> pb.GetSessionResponse:
+        info = await self._sessions.lifecycle.get(TENANT, request.name)
+        return pb.GetSessionResponse(session=convert.session_to(info))
+
+    async def ListSessions(
+        self, request: pb.ListSessionsRequest, _: grpc.aio.ServicerContext
+    ) -> pb.ListSessionsResponse:
+        infos, token = await self._sessions.lifecycle.page(
+            TENANT, request.prefix, request.page_size, request.page_token
+        )
+        return pb.ListSessionsResponse(sessions=map(convert.session_to, infos), next_page_token=token)
+
+    async def UpdateSession(
+        self, request: pb.UpdateSessionRequest, _: grpc.aio.ServicerContext
+    ) -> pb.UpdateSessionResponse:
+        ttl = request.ttl_seconds if request.HasField("ttl_seconds") else None
+        if request.clear_ttl and ttl is not None:
+            raise InvalidArgument("clear_ttl", "excludes ttl_seconds")
+        info = await self._sessions.lifecycle.update(
+            TENANT,
+            request.name,
+            request.generation,
+            ttl,
+            request.clear_ttl,
+            request.pinned if request.HasField("pinned") else None,
+        )
+        return pb.UpdateSessionResponse(session=convert.session_to(info))
+
+    async def DeleteSession(
+        self, request: pb.DeleteSessionRequest, _: grpc.aio.ServicerContext
+    ) -> pb.DeleteSessionResponse:
+        generation = request.generation if request.HasField("generation") else None
+        return pb.DeleteSessionResponse(deleted=await self._sessions.lifecycle.delete(TENANT, request.name, generation))
+
+    async def ForkSession(self, request: pb.ForkSessionRequest, _: grpc.aio.ServicerContext) -> pb.ForkSessionResponse:
+        info, present = await self._sessions.lifecycle.fork(
+            TENANT,
+            request.source,
+            request.source_generation if request.HasField("source_generation") else None,
+            request.end if request.HasField("end") else None,
+            request.name,
+            request.ttl_seconds if request.HasField("ttl_seconds") else None,
+            request.pinned,
+        )
+        return pb.ForkSessionResponse(session=convert.session_to(info), already_present=present)
+
+    async def MatchPrefix(self, request: pb.MatchPrefixRequest, _: grpc.aio.ServicerContext) -> pb.MatchPrefixResponse:
+        raise Unimplemented("NOT_HERE", "this server does not match prefixes")
+
+    async def Prefetch(self, request: pb.PrefetchRequest, context: grpc.aio.ServicerContext) -> pb.PrefetchResponse:
+        generation = request.generation if request.HasField("generation") else None
+        loaded = await self._sessions.querying.prefetch(
+            TENANT, request.session, generation, request.end, self._deadline(context)
+        )
+        return pb.PrefetchResponse(
+            generation=loaded.generation, length=loaded.length, resident_bytes=loaded.resident_bytes
+        )
+
+    async def Append(
+        self, requests: AsyncIterator[pb.AppendRequest], context: grpc.aio.ServicerContext
+    ) -> pb.AppendResponse:
+        incoming = aiter(requests)
+        first = await anext(incoming, None)
+        if first is None or first.WhichOneof("body") != "header":
+            raise InvalidArgument("header", "the first message must be the header")
+        header = convert.header_from(first.header)
+        async with self._sessions.appending.begin(TENANT, header, self._deadline(context)) as append:
+            async for request in incoming:
+                if request.WhichOneof("body") != "frame":
+                    raise InvalidArgument("frame", "every message after the header must be a frame")
+                append.add(convert.frame_from(request.frame))
+            result = await append.commit()
+        return pb.AppendResponse(
+            generation=result.generation,
+            length=result.length,
+            already_present=result.already_present,
+            digest=result.digest,
+            stored_bytes=result.stored_bytes,
+        )
+
+    async def Score(
+        self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.ScoreResponse]:
+        query = self._query(request, request.token_end)
+        parts = self._sessions.querying.score(TENANT, query, request.token_start, self._deadline(context))
+        async for answer in parts:
+            yield pb.ScoreResponse(
+                generation=answer.generation,
+                length=answer.length,
+                token_start=answer.start,
+                scores=convert.tensor_to(answer.scores),
+                fidelity=convert.fidelity_to(answer.fidelity),
+            )
+
+    async def TopK(self, request: pb.TopKRequest, context: grpc.aio.ServicerContext) -> pb.TopKResponse:
+        answer = await self._sessions.querying.top_k(
+            TENANT,
+            self._query(request, request.end),
+            request.k,
+            request.oversampling if request.rescore else None,
+            self._deadline(context),
+        )
+        return pb.TopKResponse(
+            generation=answer.generation,
+            length=answer.length,
+            positions=convert.tensor_to(answer.positions),
+            scores=convert.tensor_to(answer.scores),
+            fidelity=convert.fidelity_to(answer.fidelity),
+        )
+
+    async def Attend(
+        self, requests: AsyncIterator[pb.AttendRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.AttendResponse]:
+        stream = AttendStream(self._sessions.querying, self._limits, TENANT, self._admission.draining)
+        async for response in stream.run(requests):
+            yield response
+
+    async def Fetch(
+        self, request: pb.FetchRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.FetchResponse]:
+        deadline = self._deadline(context)
+        async for response in fetch_responses(self._sessions.querying, self._limits, TENANT, request, deadline):
+            yield response
+
+    async def PutProjection(
+        self, requests: AsyncIterator[pb.PutProjectionRequest], _: grpc.aio.ServicerContext
+    ) -> pb.PutProjectionResponse:
+        raise Unimplemented("NOT_HERE", "this server keeps no projections")
+
+    async def GetProjection(
+        self, request: pb.GetProjectionRequest, _: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.GetProjectionResponse]:
+        raise Unimplemented("NOT_HERE", "this server keeps no projections")
+        yield pb.GetProjectionResponse()
+
+    async def ListProjections(
+        self, request: pb.ListProjectionsRequest, _: grpc.aio.ServicerContext
+    ) -> pb.ListProjectionsResponse:
+        raise Unimplemented("NOT_HERE", "this server keeps no projections")
+
+    async def GetServerInfo(
+        self, request: pb.GetServerInfoRequest, _: grpc.aio.ServicerContext
+    ) -> pb.GetServerInfoResponse:
+        return self._info
+
+    def _query(self, request: pb.ScoreRequest | pb.TopKRequest, end: int) -> Query:
+        return Query(
+            session=request.session,
+            generation=request.generation if request.HasField("generation") else None,
+            layer=request.layer,
+            end=end,
+            q=convert.tensor_from(request.q, "q", dims=3),
+            head_offset=request.head_offset,
+            precision=convert.precision_from(request.precision),
+        )
+
+    def _deadline(self, context: grpc.aio.ServicerContext) -> float:
+        """On time.monotonic()'s clock: the caller's, the default where none is given, never beyond the longest."""
+        remaining = context.time_remaining()
+        seconds = self._limits.deadline_default_seconds if remaining is None else remaining
+        return monotonic() + min(seconds, self._limits.deadline_seconds_max)
+
+
+def server_info(
+    version: str, device: str, sessions: SessionService, store: str, index: str
+) -> pb.GetServerInfoResponse:
+    """The constant answer of GetServerInfo."""
+    default = sessions.default_codec.model_dump(mode="json")
+    return pb.GetServerInfoResponse(
+        version=version,
+        device=device,
+        limits=sessions.limits.as_dict(),
+        codecs=CODECS,
+        default_codec_json=json.dumps(default, sort_keys=True, separators=(",", ":")),
+        format_version=1,
+        store=store,
+        index=index,
+    )

@@ -1,0 +1,226 @@
+"""One append from its header to its commit."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from time import monotonic
+from typing import TypeVar
+
+from kvstore_codecs.plan import CodecPlan, Fit
+from kvstore_codecs.resolve import plan_for
+from kvstore_codecs.sketch import KindRows
+from kvstore_codecs.spec import KINDS
+from kvstore_kernels import Backend
+from kvstore_server.errors import (
+    Aborted,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    OutOfRange,
+    ResourceExhausted,
+)
+from kvstore_server.limits import Limits
+from kvstore_server.scheduling.engine import Engine
+from kvstore_server.sessions.assembly import AppendAssembly, AppendHeader, Frame
+from kvstore_server.sessions.encoding import accept_sketch, encode_layer, fit_is_due, make_fit
+from kvstore_server.sessions.indexing import Indexing
+from kvstore_server.sessions.live import LiveSession
+from kvstore_server.sessions.model import AppendResult
+from kvstore_server.sessions.registry import Registry
+from kvstore_server.storage.commit_log import AlreadyPresent, CommitLog, Committed
+from kvstore_server.storage.digest import append_digest
+from kvstore_server.storage.keys import check_name
+
+BUSY_RETRY_SECONDS = 0.2
+HASH_BYTES = 32
+T = TypeVar("T")
+ENCODE_BYTES = 8 << 20
+"""Raw bytes of the layers that are encoded in one piece of device work; queries slip in between pieces."""
+LayerRows = tuple[KindRows, KindRows]
+
+
+class Appending:
+    """Admits, collects, encodes and commits appends. What is committed is shielded from the caller going away."""
+
+    def __init__(
+        self, registry: Registry, indexing: Indexing, engine: Engine, backend: Backend, limits: Limits
+    ) -> None:
+        self.registry, self.indexing, self.engine, self.backend = registry, indexing, engine, backend
+        self.limits = limits
+        self.commits: set[asyncio.Task[AppendResult]] = set()
+        self._count = 0
+        self._bytes = 0
+
+    @asynccontextmanager
+    async def begin(self, tenant: str, header: AppendHeader, deadline: float) -> AsyncIterator["OpenAppend"]:
+        """Checks the header against the session and reserves its bytes before the first frame is read."""
+        check_name("header.session", header.session)
+        self._check_header(header)
+        live = await self.registry.open(tenant, header.session, header.generation)
+        if header.start > live.length:
+            await self.registry.discover(live)
+        if header.start > live.length:
+            text = f"start {header.start} is beyond the length {live.length}"
+            raise OutOfRange("BEYOND_LENGTH", text, length=live.length)
+        self._check_encoding(live, header)
+        with self._reserved(header.data_bytes):
+            yield OpenAppend(self, live, header, deadline)
+
+    @contextmanager
+    def _reserved(self, size: int) -> Iterator[None]:
+        limits = self.limits
+        if self._count >= limits.appends_inflight_max or self._bytes + size > limits.appends_inflight_bytes_max:
+            raise ResourceExhausted("BUSY", "too many appends are in flight", BUSY_RETRY_SECONDS)
+        self._count += 1
+        self._bytes += size
+        try:
+            yield
+        finally:
+            self._count -= 1
+            self._bytes -= size
+
+    def _check_header(self, header: AppendHeader) -> None:
+        limits = self.limits
+        for field, value, limit in (
+            ("tokens", header.tokens, limits.append_tokens_max),
+            ("bytes", header.data_bytes, limits.append_bytes_max),
+            ("block_hashes", len(header.block_hashes), limits.append_block_hashes_max),
+            ("start", header.start + header.tokens, limits.session_tokens_max),
+        ):
+            if value > limit:
+                raise InvalidArgument(f"header.{field}", f"{value} is more than {limit}", limit=limit)
+        if header.tokens < 1:
+            raise InvalidArgument("header.tokens", "must be at least 1")
+        if any(len(each) != HASH_BYTES for each in header.block_hashes):
+            raise InvalidArgument("header.block_hashes", f"each must have {HASH_BYTES} bytes", limit=HASH_BYTES)
+
+    @staticmethod
+    def _check_encoding(live: LiveSession, header: AppendHeader) -> None:
+        if header.encoding == "raw":
+            return
+        if live.plan is None:
+            raise FailedPrecondition("NOT_FITTED", "the session has no means yet: append vectors first")
+        if header.fit_fingerprint != live.plan.fingerprint:
+            raise FailedPrecondition(
+                "FIT_DIFFERS", "fit_fingerprint is not the session's", fit_fingerprint=live.plan.fingerprint
+            )
+
+
+class OpenAppend:
+    """An append whose frames are arriving."""
+
+    def __init__(self, appending: Appending, live: LiveSession, header: AppendHeader, deadline: float) -> None:
+        self._appending, self._live, self._header, self._deadline = appending, live, header, deadline
+        self._assembly = AppendAssembly(header, live.state.shape, live.plan, _exact_tokens(header, live.exact_end))
+
+    def add(self, frame: Frame) -> None:
+        self._assembly.add(frame)
+
+    async def commit(self) -> AppendResult:
+        """Encodes and commits; when it returns the append is durable.
+
+        Once begun it runs to its end even if the caller leaves: then the outcome is unknown to the caller only.
+        """
+        self._assembly.check_complete()
+        task = asyncio.create_task(self._run())
+        self._appending.commits.add(task)
+        task.add_done_callback(self._appending.commits.discard)
+        return await asyncio.shield(task)
+
+    async def _run(self) -> AppendResult:
+        header, live = self._header, self._live
+        log = self._appending.registry.log(live.state.tenant)
+
+        def settled() -> tuple[str, AlreadyPresent | None]:
+            shape, sent = live.state.shape.fingerprint, self._assembly.sent()
+            digest = append_digest(shape, header.start, header.tokens, header.encoding, sent)
+            return digest, log.already_present(live.state, header.start, header.tokens, digest)
+
+        async with live.lock:
+            digest, present = await asyncio.to_thread(settled)
+            if present is not None:
+                return self._result(present)
+            rows, fit, exact = await self._encoded()
+            return await self._commit(log, digest, rows, fit, exact)
+
+    async def _encoded(self) -> tuple[list[LayerRows], Fit | None, int]:
+        """What is stored of each layer, the fit if this append makes it, and how many of its tokens stay exact."""
+        header, live, appending = self._header, self._live, self._appending
+        shape, spec = live.state.shape, live.state.spec
+        plan, exact, fit = live.plan, _exact_tokens(header, live.exact_end), None
+        if plan is None and fit_is_due(spec, header.start + header.tokens):
+            resident = await appending.registry.fill(live)
+            fit = await self._on_device(lambda: make_fit(spec, resident, self._assembly, header.start))
+            plan = await self._on_device(lambda: plan_for(spec, shape, fit))
+            exact = _exact_tokens(header, max(spec.sink_tokens, header.start))
+        rows: list[LayerRows] = []
+        at_once = max(1, ENCODE_BYTES * shape.layers // header.data_bytes)
+        for first in range(0, shape.layers, at_once):
+            layers = range(first, min(first + at_once, shape.layers))
+            rows += await self._on_device(lambda layers=layers: [self._layer(plan, layer, exact) for layer in layers])
+        return rows, fit, exact
+
+    def _layer(self, plan: CodecPlan | None, layer: int, exact: int) -> LayerRows:
+        assembly, tokens = self._assembly, self._header.tokens
+        shape, backend = self._live.state.shape, self._appending.backend
+        if self._header.encoding == "sketch" and plan is not None:
+            keys, values = (accept_sketch(assembly, plan, shape, layer, kind, tokens, exact) for kind in KINDS)
+        else:
+            keys, values = (encode_layer(assembly, plan, layer, kind, exact, backend) for kind in KINDS)
+        return keys, values
+
+    async def _on_device(self, work: Callable[[], T]) -> T:
+        return await self._appending.engine.run(work, self._deadline, "encode")
+
+    async def _commit(
+        self, log: CommitLog, digest: str, rows: list[LayerRows], fit: Fit | None, exact: int
+    ) -> AppendResult:
+        live, header = self._live, self._header
+        if monotonic() > self._deadline:
+            raise DeadlineExceeded("DEADLINE", "the deadline passed before anything was written")
+        segment = log.segment(
+            live.state,
+            tokens=header.tokens,
+            exact=exact,
+            digest=digest,
+            encoding=header.encoding,
+            encoded_by="server" if header.encoding == "raw" else "client",
+            keys=tuple(keys for keys, _ in rows),
+            values=tuple(values for _, values in rows),
+            fit=fit,
+            block_hashes=header.block_hashes,
+        )
+
+        def commit() -> Committed | AlreadyPresent:
+            outcome = log.commit(live.state, segment)
+            if isinstance(outcome, Committed):
+                live.fit = live.fit or fit
+                live.grow(header.start, rows, header.tokens)
+            return outcome
+
+        try:
+            outcome = await asyncio.to_thread(commit)
+        except Aborted:
+            self._appending.registry.forget(live.state.tenant, live.state.session)
+            raise
+        self._appending.registry.make_room(live)
+        await self._appending.registry.ensure_fit(live)
+        self._appending.indexing.changed(live.state.tenant, live.info())
+        return self._result(outcome)
+
+    def _result(self, outcome: Committed | AlreadyPresent) -> AppendResult:
+        entry, live = outcome.entry, self._live
+        return AppendResult(
+            generation=live.generation,
+            length=live.length,
+            already_present=isinstance(outcome, AlreadyPresent),
+            digest=bytes.fromhex(entry.digest),
+            stored_bytes=entry.stored_bytes,
+        )
+
+
+def _exact_tokens(header: AppendHeader, exact_end: int | None) -> int:
+    """How many leading tokens of the append stay exact; all of them before the fit."""
+    if exact_end is None:
+        return header.tokens
+    return max(0, min(header.tokens, exact_end - header.start))

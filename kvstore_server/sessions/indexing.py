@@ -1,0 +1,101 @@
+"""Keeps the index near the truth, never on the way of an acknowledgement."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from time import time
+from typing import Any
+
+from kvstore_server.errors import ResourceExhausted, Unavailable
+from kvstore_server.metadata.index import Index, SessionEntry
+from kvstore_server.sessions.model import SessionInfo
+
+LOG = logging.getLogger(__name__)
+PENDING_MAX = 10_000
+
+
+class Indexing:
+    """Sends changes to the index from one task, newest per session; what it cannot send is retried, then dropped.
+
+    Dropping is safe: everything in the index can be rebuilt from the store, and reads by name never ask it.
+    """
+
+    RETRY_SECONDS = 1.0
+    CLOSE_SECONDS = 1.0
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._pending: dict[tuple[str, str], Callable[[], Coroutine[Any, Any, object]]] = {}
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def lag(self) -> int:
+        """Changes that the index has not seen."""
+        return len(self._pending)
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._send_forever())
+
+    async def close(self) -> None:
+        """Sends what waits, for CLOSE_SECONDS at most, then stops."""
+        if self._task is not None:
+            self._task.cancel()
+        try:
+            await asyncio.wait_for(self._send_pending(), self.CLOSE_SECONDS)
+        except (TimeoutError, Unavailable, ResourceExhausted):
+            LOG.warning("the index has not heard of %d changes", self.lag)
+        await self._index.close()
+
+    def changed(self, tenant: str, info: SessionInfo) -> None:
+        """The session is there, with these facts."""
+        now = time()
+        entry = SessionEntry(
+            tenant=tenant,
+            name=info.name,
+            generation=info.generation,
+            length=info.length,
+            stored_bytes=info.stored_bytes,
+            raw_bytes=info.raw_bytes,
+            ttl_seconds=info.ttl_seconds,
+            pinned=info.pinned,
+            model_fingerprint=info.shape.model_fingerprint,
+            created_unix_seconds=info.created_unix_seconds,
+            last_used_unix_seconds=max(now, info.created_unix_seconds),
+        )
+        self._queue(tenant, info.name, lambda: self._index.put(entry))
+
+    def removed(self, tenant: str, name: str, generation: str) -> None:
+        self._queue(tenant, name, lambda: self._index.remove(tenant, name, generation))
+
+    async def names(self, tenant: str, prefix: str, limit: int, after: str) -> list[str]:
+        """Session names in order, after what waits was sent. Raises Unavailable when the index does not answer."""
+        if self._pending:
+            await self._send_pending()
+        entries = await self._index.list(tenant, prefix=prefix, after=after, limit=limit)
+        return [entry.name for entry in entries]
+
+    def _queue(self, tenant: str, name: str, send: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        if len(self._pending) >= PENDING_MAX and (tenant, name) not in self._pending:
+            LOG.warning("the index lags by %d changes; one is dropped: rebuild-index restores it", PENDING_MAX)
+            return
+        self._pending[tenant, name] = send
+        self._wake.set()
+
+    async def _send_forever(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                await self._send_pending()
+            except (Unavailable, ResourceExhausted) as error:
+                LOG.warning("the index does not take changes, %d wait: %s", self.lag, error)
+                await asyncio.sleep(self.RETRY_SECONDS)
+                self._wake.set()
+
+    async def _send_pending(self) -> None:
+        while self._pending:
+            key, send = next(iter(self._pending.items()))
+            await send()
+            if self._pending.get(key) is send:
+                del self._pending[key]

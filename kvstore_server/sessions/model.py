@@ -1,0 +1,124 @@
+"""Plain values that cross the border between rpc and sessions."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvstore_codecs.plan import Fit
+from kvstore_codecs.spec import CodecSpec, Kind, ModelShape
+from kvstore_server.storage.geometry import Part
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """What there is to know about one session."""
+
+    name: str
+    generation: str
+    length: int
+    shape: ModelShape
+    spec: CodecSpec
+    fitted: bool
+    exact_end: int
+    fit_fingerprint: str
+    ttl_seconds: float | None
+    pinned: bool
+    created_unix_seconds: float
+    stored_bytes: int
+    forked_from: str | None
+    forked_at: int | None
+    affinity: str
+
+    @property
+    def raw_bytes(self) -> int:
+        return self.length * self.shape.raw_bytes_per_token
+
+
+@dataclass(frozen=True)
+class AppendResult:
+    generation: str
+    length: int
+    already_present: bool
+    digest: bytes
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A level for keys and for values, 0 the finest; `required` refuses an answer that is coarser than asked."""
+
+    keys_level: int = 0
+    values_level: int = 0
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Query:
+    """Rows of one layer against the prefix [0, end) of one session: q is [T, heads, D], heads from `head_offset` on."""
+
+    session: str
+    generation: str | None
+    layer: int
+    end: int
+    q: Tensor
+    head_offset: int
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What an answer was computed from; `score_stderr` is the standard error of a logit, rms over keys and rows."""
+
+    codec: str
+    codec_fingerprint: str
+    precision: Precision
+    score_stderr: float
+    exact: bool
+
+
+@dataclass(frozen=True)
+class AttendAnswer:
+    """out [T, heads, D] and natural-log lse [T, heads], float32, over the remote tokens only."""
+
+    out: Tensor
+    lse: Tensor
+    generation: str
+    length: int
+    fidelity: Fidelity
+
+
+@dataclass(frozen=True)
+class ScoreAnswer:
+    """float32 logits [T, heads, tokens] of positions [start, start + tokens)."""
+
+    scores: Tensor
+    start: int
+    generation: str
+    length: int
+    fidelity: Fidelity
+
+
+@dataclass(frozen=True)
+class TopKAnswer:
+    positions: Tensor
+    scores: Tensor
+    generation: str
+    length: int
+    fidelity: Fidelity
+
+
+@dataclass(frozen=True)
+class FetchPart:
+    layer: int
+    kind: Kind
+    part: Part
+    start: int
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class FetchAnswer:
+    info: SessionInfo
+    fit: Fit | None
+    parts: AsyncIterator[FetchPart]

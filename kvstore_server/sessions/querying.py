@@ -1,0 +1,227 @@
+"""Score, TopK, Attend and Fetch: checked against the session, computed on the device thread over one prefix."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from kvstore_codecs.spec import KINDS, Kind
+from kvstore_kernels import Backend, DenseRows, SignRows
+from kvstore_server.errors import FailedPrecondition, InvalidArgument
+from kvstore_server.limits import Limits
+from kvstore_server.memory.resident import ResidentSession
+from kvstore_server.scheduling.engine import Engine
+from kvstore_server.sessions import attention
+from kvstore_server.sessions.live import LiveSession
+from kvstore_server.sessions.model import (
+    AttendAnswer,
+    FetchAnswer,
+    FetchPart,
+    Fidelity,
+    Precision,
+    Query,
+    ScoreAnswer,
+    SessionInfo,
+    TopKAnswer,
+)
+from kvstore_server.sessions.registry import Registry
+from kvstore_server.storage.keys import check_name
+
+SCORE_TOKENS = 65_536
+
+
+@dataclass(frozen=True)
+class FetchQuery:
+    """Positions [start, end) of some layers (all, if none is named), as stored or decoded to `dtype`."""
+
+    session: str
+    generation: str | None
+    layers: tuple[int, ...]
+    start: int
+    end: int
+    decoded: bool
+    dtype: torch.dtype | None
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class Prefetched:
+    generation: str
+    length: int
+    resident_bytes: int
+
+
+class Querying:
+    """Answers from the rows of one session; each names the prefix, the level and the error it was computed with."""
+
+    def __init__(self, registry: Registry, engine: Engine, backend: Backend, limits: Limits) -> None:
+        self._registry, self._engine, self._backend, self._limits = registry, engine, backend, limits
+
+    async def bind(self, tenant: str, session: str, generation: str | None) -> SessionInfo:
+        """The session an Attend handle stands for."""
+        check_name("bind.session", session)
+        return (await self._registry.open(tenant, session, generation)).info()
+
+    async def prefetch(
+        self, tenant: str, session: str, generation: str | None, end: int, deadline: float
+    ) -> Prefetched:
+        live, resident = await self._loaded(tenant, session, generation, end, deadline)
+        return Prefetched(live.generation, live.length, resident.nbytes)
+
+    async def attend(self, tenant: str, query: Query, debias: float | None, deadline: float) -> AttendAnswer:
+        live, resident, query = await self._prepared(tenant, query, deadline)
+        if debias is not None and not 0 <= debias <= 1:
+            raise InvalidArgument("debias", f"{debias} is outside [0, 1]")
+        share = attention.debias_of(resident, query.layer, debias)
+
+        def work() -> tuple[torch.Tensor, torch.Tensor, Fidelity]:
+            q = attention.full_heads(query.q, query.head_offset, resident.shape.query_heads)
+            out, lse = attention.attend(self._backend, resident, query.layer, query.end, q, query.precision, share)
+            return out, lse, self._fidelity(resident, query, q)
+
+        out, lse, fidelity = await self._engine.run(work, deadline)
+        heads = self._asked_heads(query)
+        return AttendAnswer(out[:, heads], lse[:, heads], live.generation, live.length, fidelity)
+
+    async def score(self, tenant: str, query: Query, start: int, deadline: float) -> AsyncIterator[ScoreAnswer]:
+        """Logits of positions [start, query.end) in pieces a message can hold."""
+        live, resident, query = await self._prepared(tenant, query, deadline)
+        if start > query.end:
+            raise InvalidArgument("token_start", f"{start} is beyond token_end {query.end}")
+        row_bytes = 4 * query.q.shape[0] * query.q.shape[1]
+        step = max(1, min(SCORE_TOKENS, self._limits.frame_bytes_max // row_bytes))
+        q = attention.full_heads(query.q, query.head_offset, resident.shape.query_heads)
+        heads = self._asked_heads(query)
+        fidelity = await self._engine.run(lambda: self._fidelity(resident, query, q), deadline)
+        for first in range(start, query.end, step) or (start,):
+            last = min(first + step, query.end)
+
+            def work(first: int = first, last: int = last) -> torch.Tensor:
+                return attention.score(self._backend, resident, query.layer, first, last, q, query.precision)
+
+            scores = (await self._engine.run(work, deadline))[:, heads]
+            yield ScoreAnswer(scores, first, live.generation, live.length, fidelity)
+
+    async def top_k(self, tenant: str, query: Query, k: int, oversampling: float | None, deadline: float) -> TopKAnswer:
+        """The best k; with `oversampling`, by the finest level among the best oversampling * k of a coarse pass."""
+        candidates = self._candidates(query, k, oversampling)
+        live, resident, query = await self._prepared(tenant, query, deadline)
+
+        def work() -> tuple[torch.Tensor, torch.Tensor, Fidelity]:
+            q = attention.full_heads(query.q, query.head_offset, resident.shape.query_heads)
+            best = attention.top_k(self._backend, resident, query.layer, query.end, q, k, query.precision, candidates)
+            answered = replace(query, precision=replace(query.precision, keys_level=0)) if candidates else query
+            return *best, self._fidelity(resident, answered, q)
+
+        positions, scores, fidelity = await self._engine.run(work, deadline)
+        heads = self._asked_heads(query)
+        return TopKAnswer(positions[:, heads], scores[:, heads], live.generation, live.length, fidelity)
+
+    async def fetch(self, tenant: str, query: FetchQuery, deadline: float) -> FetchAnswer:
+        """The rows of positions [start, end): what is stored, or vectors."""
+        if query.start > query.end:
+            raise InvalidArgument("token_start", f"{query.start} is beyond token_end {query.end}")
+        live, resident = await self._loaded(tenant, query.session, query.generation, query.end, deadline)
+        layers = query.layers or tuple(range(resident.shape.layers))
+        for layer in layers:
+            self._check_layer(resident, layer)
+            attention.check_precision(resident, layer, query.precision)
+        size = (query.end - query.start) * resident.shape.raw_bytes_per_token * len(layers) // resident.shape.layers
+        if size > self._limits.fetch_bytes_max:
+            limit = self._limits.fetch_bytes_max
+            raise InvalidArgument("token_end", f"{size} bytes are more than {limit} in one Fetch", limit=limit)
+        parts = self._parts(resident, replace(query, layers=layers), deadline)
+        return FetchAnswer(live.info(), live.fit, parts)
+
+    async def _parts(self, resident: ResidentSession, query: FetchQuery, deadline: float) -> AsyncIterator[FetchPart]:
+        cut = self._decoded if query.decoded else _stored
+        for layer in query.layers:
+            for kind in KINDS:
+
+                def work(layer: int = layer, kind: Kind = kind) -> list[FetchPart]:
+                    return cut(resident, query, layer, kind)
+
+                for part in await self._engine.run(work, deadline, "encode"):
+                    yield part
+
+    def _decoded(self, resident: ResidentSession, query: FetchQuery, layer: int, kind: Kind) -> list[FetchPart]:
+        parts = []
+        for block in attention.blocks(resident, layer, query.start, query.end, query.precision):
+            rows = block.keys if kind == "keys" else block.values
+            tensor = rows.data if isinstance(rows, DenseRows) else self._backend.decode(rows)
+            tensor = tensor.to(query.dtype or resident.dtype)
+            parts.append(FetchPart(layer, kind, "rows", block.start, tensor))
+        return parts
+
+    async def _prepared(self, tenant: str, query: Query, deadline: float) -> tuple[LiveSession, ResidentSession, Query]:
+        """The session, loaded up to the query's end, and the query checked against it."""
+        tokens, heads, head_dim = query.q.shape
+        if tokens > self._limits.query_rows_max:
+            limit = self._limits.query_rows_max
+            raise InvalidArgument("q.shape", f"{tokens} query tokens are more than {limit}", limit=limit)
+        live, resident = await self._loaded(tenant, query.session, query.generation, query.end, deadline)
+        shape = resident.shape
+        self._check_layer(resident, query.layer)
+        if head_dim != shape.head_dim:
+            raise InvalidArgument("q.shape", f"head_dim {head_dim} is not the session's {shape.head_dim}")
+        if query.head_offset + heads > shape.query_heads:
+            raise InvalidArgument(
+                "head_offset",
+                f"heads [{query.head_offset}, {query.head_offset + heads}) are outside [0, {shape.query_heads})",
+                limit=shape.query_heads,
+            )
+        if (cost := tokens * heads * query.end) > self._limits.query_logits_max:
+            limit = self._limits.query_logits_max
+            raise InvalidArgument("q.shape", f"{cost} logits in one query are more than {limit}", limit=limit)
+        attention.check_precision(resident, query.layer, query.precision)
+        return live, resident, query
+
+    async def _loaded(
+        self, tenant: str, session: str, generation: str | None, end: int, deadline: float
+    ) -> tuple[LiveSession, ResidentSession]:
+        check_name("session", session)
+        live = await self._registry.open(tenant, session, generation)
+        return live, await self._registry.load(live, end, deadline)
+
+    def _fidelity(self, resident: ResidentSession, query: Query, q: torch.Tensor) -> Fidelity:
+        heads = self._asked_heads(query)
+        return attention.fidelity(self._backend, resident, query.layer, query.end, q, heads, query.precision)
+
+    def _candidates(self, query: Query, k: int, oversampling: float | None) -> int:
+        factor = 1.0 if oversampling is None else oversampling
+        limit = self._limits.topk_max
+        if not 1 <= k <= limit:
+            raise InvalidArgument("k", f"{k} is outside [1, {limit}]", limit=limit)
+        if not 1 <= factor <= limit:
+            raise InvalidArgument("oversampling", f"{factor} is outside [1, {limit}]", limit=limit)
+        if k * factor > limit:
+            raise InvalidArgument("oversampling", f"k x oversampling is more than {limit}", limit=limit)
+        results = k * query.q.shape[0] * query.q.shape[1]
+        if results > self._limits.topk_results_max:
+            limit = self._limits.topk_results_max
+            raise InvalidArgument("k", f"{results} results are more than {limit}", limit=limit)
+        return 0 if oversampling is None else int(k * factor)
+
+    @staticmethod
+    def _check_layer(resident: ResidentSession, layer: int) -> None:
+        if layer >= resident.shape.layers:
+            limit = resident.shape.layers
+            raise InvalidArgument("layer", f"{layer} is outside [0, {limit})", limit=limit)
+
+    @staticmethod
+    def _asked_heads(query: Query) -> slice:
+        return slice(query.head_offset, query.head_offset + query.q.shape[1])
+
+
+def _stored(resident: ResidentSession, query: FetchQuery, layer: int, kind: Kind) -> list[FetchPart]:
+    if query.precision.keys_level or query.precision.values_level:
+        raise FailedPrecondition("NO_LEVEL", "packed sketches are sent whole; a level is for decoded vectors")
+    parts = []
+    for block in attention.blocks(resident, layer, query.start, query.end, query.precision):
+        rows = block.keys if kind == "keys" else block.values
+        if isinstance(rows, SignRows):
+            parts.append(FetchPart(layer, kind, "words", block.start, rows.signs.words))
+            parts.append(FetchPart(layer, kind, "scales", block.start, rows.signs.scales))
+        else:
+            parts.append(FetchPart(layer, kind, "rows", block.start, rows.data))
+    return parts

@@ -1,0 +1,138 @@
+"""The sessions this process has open: found in the store, kept fresh, loaded within a memory budget."""
+
+import asyncio
+from time import monotonic
+
+from kvstore_server.errors import Aborted, DeadlineExceeded, NotFound, OutOfRange
+from kvstore_server.memory.resident import ResidentSession
+from kvstore_server.sessions.live import LiveSession
+from kvstore_server.sessions.loading import extend_resident, read_fit
+from kvstore_server.storage.commit_log import CommitLog
+from kvstore_server.storage.store import ObjectStore
+
+LOADS_AT_ONCE = 2
+OPEN_MAX = 10_000
+
+
+class Registry:
+    """Opens sessions by name and loads their rows.
+
+    What is found here was compared with the meta log at most `staleness_seconds` ago; 0 compares at every call.
+    """
+
+    def __init__(self, store: ObjectStore, host_bytes_max: int, staleness_seconds: float) -> None:
+        self._store = store
+        self._host_bytes_max = host_bytes_max
+        self._staleness_seconds = staleness_seconds
+        self._open: dict[tuple[str, str], LiveSession] = {}
+        self._loads = asyncio.Semaphore(LOADS_AT_ONCE)
+
+    def log(self, tenant: str) -> CommitLog:
+        return CommitLog(self._store, tenant)
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(live.resident.nbytes for live in self._open.values() if live.resident is not None)
+
+    @property
+    def resident_sessions(self) -> int:
+        return sum(live.resident is not None for live in self._open.values())
+
+    async def find(self, tenant: str, name: str) -> LiveSession | None:
+        """The living session of that name, fresh, or None."""
+        live = self._open.get((tenant, name))
+        if live is not None and monotonic() - live.checked_at >= self._staleness_seconds:
+            live = live if await self._refreshed(tenant, live) else None
+        if live is None:
+            self.forget(tenant, name)
+            live = await self._from_store(tenant, name)
+        return live
+
+    async def open(self, tenant: str, name: str, generation: str | None) -> LiveSession:
+        """The living session; NotFound, or Aborted if it is not the generation that was named."""
+        live = await self.find(tenant, name)
+        if generation and (live is None or generation != live.generation):
+            raise Aborted("GENERATION_GONE", f"generation {generation} of the session is gone", session=name)
+        if live is None:
+            raise NotFound("SESSION_NOT_FOUND", f"there is no session {name}", session=name)
+        live.used_at = monotonic()
+        return live
+
+    def forget(self, tenant: str, name: str) -> None:
+        self._open.pop((tenant, name), None)
+
+    async def discover(self, live: LiveSession) -> None:
+        """Takes in what other servers have appended."""
+        log = self.log(live.state.tenant)
+        async with live.lock:
+            await asyncio.to_thread(log.discover, live.state)
+            await self.ensure_fit(live)
+
+    async def load(self, live: LiveSession, end: int, deadline: float) -> ResidentSession:
+        """The session's rows, at least up to `end`.
+
+        Raises OutOfRange if the session is shorter, after one look at the store; DataLoss if an object is damaged.
+        """
+        if end > live.length:
+            await self.discover(live)
+        if end > live.length:
+            raise OutOfRange("BEYOND_LENGTH", f"end {end} is beyond the length {live.length}", length=live.length)
+        resident = live.resident
+        if resident is None or resident.length < end:
+            try:
+                async with asyncio.timeout(max(0.0, deadline - monotonic())), live.lock:
+                    resident = await self.fill(live)
+            except TimeoutError:
+                raise DeadlineExceeded("DEADLINE", "the session was not loaded in time") from None
+        return resident
+
+    async def fill(self, live: LiveSession) -> ResidentSession:
+        """All rows of the session; its lock must be held."""
+        resident = live.loadable()
+        async with self._loads:
+            await asyncio.to_thread(extend_resident, self.log(live.state.tenant), live.state, resident)
+        live.resident = resident
+        self.make_room(live)
+        return resident
+
+    async def ensure_fit(self, live: LiveSession) -> None:
+        """Reads the session's fit if there is one; the lock must be held, or nobody else know the session."""
+        if live.fit is None and (made := live.fit_entry) is not None:
+            live.fit = await asyncio.to_thread(read_fit, self.log(live.state.tenant), live.state, made)
+
+    def make_room(self, keep: LiveSession) -> None:
+        """Drops the rows of the least recently used sessions until the others fit; never those of `keep`."""
+        loaded = [live for live in self._open.values() if live.resident is not None and live is not keep]
+        over = self.resident_bytes - self._host_bytes_max
+        for live in sorted(loaded, key=lambda each: each.used_at):
+            if over <= 0 or live.lock.locked() or live.resident is None:
+                continue
+            over -= live.resident.nbytes
+            live.resident = None
+
+    async def _refreshed(self, tenant: str, live: LiveSession) -> bool:
+        """Whether the generation still lives; its attributes are then up to date."""
+        now = monotonic()
+        async with live.lock:
+            superseded = await asyncio.to_thread(self.log(tenant).superseded, live.state)
+        live.checked_at = now
+        return not superseded
+
+    async def _from_store(self, tenant: str, name: str) -> LiveSession | None:
+        now = monotonic()
+        state = await asyncio.to_thread(self.log(tenant).load, name)
+        if state is None:
+            return None
+        live = LiveSession(state)
+        live.checked_at = now
+        await asyncio.to_thread(self.log(tenant).appends, state)
+        await self.ensure_fit(live)
+        if len(self._open) >= OPEN_MAX:
+            oldest = min(self._open.items(), key=lambda item: item[1].used_at)
+            self.forget(*oldest[0])
+        # Another call may have opened it meanwhile: one of them must be the one that everybody extends.
+        present = self._open.get((tenant, name))
+        if present is not None and present.generation == live.generation:
+            return present
+        self._open[tenant, name] = live
+        return live

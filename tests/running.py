@@ -1,0 +1,109 @@
+"""A real server for tests: in this event loop, or as a process of its own that can be killed."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from queue import Empty, Queue
+
+from kvstore_server.app import Server
+from kvstore_server.config import Settings, load
+
+from .redis_server import DIE_WITH_PARENT
+
+START_SECONDS = 60
+
+
+def settings_for(data: Path, **sections: dict[str, object]) -> Settings:
+    """Embedded defaults over `data`, on a free loopback port, CPU."""
+    base: dict[str, dict[str, object]] = {
+        "storage": {"url": str(data)},
+        "listen": {"address": "127.0.0.1:0", "metrics_address": None},
+        "device": {"name": "cpu"},
+    }
+    for name, section in sections.items():
+        base[name] = {**base.get(name, {}), **section}
+    return load(None, base)
+
+
+@asynccontextmanager
+async def serving(data: Path, **sections: dict[str, object]) -> AsyncIterator[Server]:
+    """A server in this loop, drained at the end."""
+    server = Server(settings_for(data, **sections))
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.drain()
+
+
+class ServerProcess:
+    """`kvstore serve` on a free port. Every wait is bounded; the process is stopped by its id."""
+
+    def __init__(self, data: Path, *args: str, env: dict[str, str] | None = None) -> None:
+        command = [
+            *(sys.executable, "-S", "-c", DIE_WITH_PARENT, sys.executable, "-m", "kvstore_server.cli", "serve"),
+            *("--data", str(data), "--listen", "127.0.0.1:0", "--metrics", "off", "--device", "cpu", *args),
+        ]
+        self._process = subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", **(env or {})},
+        )
+        self.lines: list[str] = []
+        self._queue: Queue[str | None] = Queue()
+        self._reader = threading.Thread(target=self._drain_stderr, daemon=True)
+        self._reader.start()
+        self.target = self._wait_for_address()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait(10)
+        self._reader.join(10)
+
+    def terminate(self, timeout_seconds: float = 60) -> int:
+        """SIGTERM; the exit code."""
+        self._process.send_signal(signal.SIGTERM)
+        code = self._process.wait(timeout_seconds)
+        self._reader.join(10)
+        return code
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def _wait_for_address(self) -> str:
+        while True:
+            try:
+                line = self._queue.get(timeout=START_SECONDS)
+            except Empty:
+                line = None
+            if line is None:
+                self.kill()
+                raise RuntimeError("the server did not start:\n" + "".join(self.lines))
+            if found := re.search(r"serving on (\S+),", line):
+                return found[1]
+
+    def _drain_stderr(self) -> None:
+        assert self._process.stderr is not None
+        with self._process.stderr as lines:
+            for line in lines:
+                self.lines.append(line)
+                self._queue.put(line)
+        self._queue.put(None)
+
+
+@contextmanager
+def server_process(data: Path, *args: str) -> Iterator[ServerProcess]:
+    process = ServerProcess(data, *args)
+    try:
+        yield process
+    finally:
+        if process.running:
+            process.kill()
