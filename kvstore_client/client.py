@@ -36,7 +36,7 @@ UPLOAD_BYTES = 2 << 20
 class AsyncKVStoreClient:
     """One connection to a store at `target` (`host:port`, `unix:path`, `dns:///name:port`).
 
-        async with AsyncKVStoreClient("localhost:7070") as client:
+        async with AsyncKVStoreClient("localhost:7700") as client:
             session = await client.create_session("book", shape)
             await session.append(k, v)
             out, lse = await session.attend(0, q)
