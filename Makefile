@@ -31,7 +31,7 @@ demo: $(DEMO) ## one shared context, two workers, a restart, on a real model (AR
 	@$(BIN)/kvstore demo $(ARGS)
 
 bench: $(DEV) ## the measured numbers of the README
-	@$(BIN)/python -m tests.bench $(ARGS)
+	@$(BIN)/kvstore bench ops $(ARGS)
 
 proto: $(DEV) ## generate the protobuf code again
 	$(BIN)/python proto/generate.py
