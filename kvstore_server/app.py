@@ -17,7 +17,7 @@ from kvstore_server.limits import PROTOCOL_OVERHEAD_BYTES
 from kvstore_server.metadata.index import Index
 from kvstore_server.metadata.memory import MemoryIndex
 from kvstore_server.metadata.redis import RedisIndex
-from kvstore_server.rpc.handlers import SERVICE, Admission, generic_handler
+from kvstore_server.rpc.handlers import SERVICE, Admission, Handlers
 from kvstore_server.rpc.service import KVStoreServicer, server_info
 from kvstore_server.scheduling.engine import Engine
 from kvstore_server.scheduling.self_check import self_check
@@ -34,7 +34,7 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.admission = Admission()
+        self.admission = Admission(settings.limits)
         self.telemetry = Telemetry()
         self.port = 0
         self._health = health.aio.HealthServicer()
@@ -53,7 +53,8 @@ class Server:
         info = server_info(version("remote-kv-store"), backend.name, self.sessions, "local", settings.index.url)
         self._grpc = grpc.aio.server(options=_options(settings))
         servicer = KVStoreServicer(self.sessions, self.admission, info)
-        self._grpc.add_generic_rpc_handlers((generic_handler(servicer, self.admission, self.telemetry),))
+        handlers = Handlers(servicer, self.admission, self.telemetry, settings.limits)
+        self._grpc.add_generic_rpc_handlers((handlers.generic(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         if settings.listen.reflection:
             names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)

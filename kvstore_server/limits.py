@@ -43,8 +43,6 @@ class Limits(BaseModel):
     """The codec of one CreateSession."""
     list_page_max: Count = 1_000
     """Sessions in one page of ListSessions."""
-    fork_ancestors_max: Annotated[int, Field(ge=1, le=64)] = 64
-    """Sessions that one session may share tokens with."""
 
     layers_max: Annotated[int, Field(ge=1, le=1024)] = 256
     """Layers of a model."""

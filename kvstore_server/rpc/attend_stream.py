@@ -105,6 +105,9 @@ class AttendStream:
 
     def _admit(self, step: pb.AttendStep) -> None:
         limits = self._limits
+        if len(step.items) > limits.attend_items_max:
+            limit = limits.attend_items_max
+            raise InvalidArgument("step.items", f"{len(step.items)} items are more than {limit}", limit=limit)
         if step.request_id in self._steps:
             raise InvalidArgument("step.request_id", f"{step.request_id} is in flight already")
         if not 1 <= step.timeout_ms <= limits.deadline_seconds_max * 1000:

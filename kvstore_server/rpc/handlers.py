@@ -4,8 +4,9 @@ Messages are parsed here rather than by gRPC, so that bytes that are no message 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import grpc
@@ -13,10 +14,12 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from kvstore_proto.v1 import kvstore_pb2
-from kvstore_server.errors import InvalidArgument, KVStoreError, Unavailable
+from kvstore_server.errors import DeadlineExceeded, InvalidArgument, KVStoreError, ResourceExhausted, Unavailable
+from kvstore_server.limits import Limits
 from kvstore_server.rpc.status import abort
 from kvstore_server.telemetry import Telemetry
 
+BUSY_RETRY_SECONDS = 0.05
 SERVICE = kvstore_pb2.DESCRIPTOR.services_by_name["KVStoreService"]
 
 
@@ -25,77 +28,120 @@ class Malformed:
 
 
 class Admission:
-    """Counts calls in flight, so that drain can wait for them, and refuses new ones while draining."""
+    """Who may come in: nobody while draining, and only so many at a time where `limits` says so."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
         self.draining = asyncio.Event()
-        self.in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._in_flight: Counter[str] = Counter()
+        queries = ("queries_inflight_max", limits.queries_inflight_max)
+        self._bounds = {
+            "Score": queries,
+            "TopK": queries,
+            "Fetch": queries,
+            "Attend": ("attend_streams_max", limits.attend_streams_max),
+        }
 
-    def __enter__(self) -> None:
+    @property
+    def in_flight(self) -> int:
+        return self._in_flight.total()
+
+    @contextmanager
+    def call(self, method: str) -> Iterator[None]:
+        """Holds a place for one call; Unavailable while draining, ResourceExhausted when there is none."""
         if self.draining.is_set():
             raise Unavailable("DRAINING", "the server is draining")
-        self.in_flight += 1
+        name, limit = self._bounds.get(method, ("", 0))
+        if name and self._in_flight[name] >= limit:
+            raise ResourceExhausted("BUSY", f"{limit} such calls are in flight", BUSY_RETRY_SECONDS, limit=limit)
+        self._in_flight[name] += 1
         self._idle.clear()
-
-    def __exit__(self, *_: object) -> None:
-        self.in_flight -= 1
-        if not self.in_flight:
-            self._idle.set()
+        try:
+            yield
+        finally:
+            self._in_flight[name] -= 1
+            if not self.in_flight:
+                self._idle.set()
 
     async def idle(self) -> None:
         """Returns when no call is in flight."""
         await self._idle.wait()
 
 
-def generic_handler(servicer: object, admission: Admission, telemetry: Telemetry) -> grpc.GenericRpcHandler:
-    """Handlers for every method; AttributeError if `servicer` lacks one."""
-    methods = {m.name: _handler(getattr(servicer, m.name), m, admission, telemetry) for m in SERVICE.methods}
-    return grpc.method_handlers_generic_handler(SERVICE.full_name, methods)
+class Handlers:
+    """Makes one handler a method; each admits, bounds, counts, and turns what is raised into its status."""
 
+    def __init__(self, servicer: object, admission: Admission, telemetry: Telemetry, limits: Limits) -> None:
+        self._servicer, self._admission, self._telemetry, self._limits = servicer, admission, telemetry, limits
 
-def _handler(
-    call: Callable[..., Any], method: Any, admission: Admission, telemetry: Telemetry
-) -> grpc.RpcMethodHandler:
-    request_class = GetMessageClass(method.input_type)
+    def generic(self) -> grpc.GenericRpcHandler:
+        """Handlers for every method; AttributeError if the servicer lacks one."""
+        methods = {method.name: self._handler(method) for method in SERVICE.methods}
+        return grpc.method_handlers_generic_handler(SERVICE.full_name, methods)
 
-    def parse(data: bytes) -> Message | Malformed:
-        try:
-            return request_class.FromString(data)
-        except DecodeError:
-            return Malformed()
+    def _handler(self, method: Any) -> grpc.RpcMethodHandler:
+        call = getattr(self._servicer, method.name)
+        request_class = GetMessageClass(method.input_type)
+
+        def parse(data: bytes) -> Message | Malformed:
+            try:
+                return request_class.FromString(data)
+            except DecodeError:
+                return Malformed()
+
+        async def single(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            async with self._guarded(method.name, context):
+                return await call(_checked_input(request, method.client_streaming), context)
+
+        async def stream(request: Any, context: grpc.aio.ServicerContext) -> None:
+            async with self._guarded(method.name, context):
+                async for response in call(_checked_input(request, method.client_streaming), context):
+                    await self._write(context, response)
+
+        kind = f"{'stream' if method.client_streaming else 'unary'}_{'stream' if method.server_streaming else 'unary'}"
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        return make(
+            stream if method.server_streaming else single,
+            request_deserializer=parse,
+            response_serializer=GetMessageClass(method.output_type).SerializeToString,
+        )
 
     @asynccontextmanager
-    async def guarded(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
-        """Admits the call, counts how it ends, and turns whatever is raised into its status."""
-        with telemetry.call(method.name) as outcome:
+    async def _guarded(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+        with self._telemetry.call(method) as outcome:
             try:
-                with admission:
-                    yield
+                with self._admission.call(method):
+                    # An Attend stream lives on; its steps have deadlines of their own.
+                    async with asyncio.timeout(None if method == "Attend" else self._seconds(context)):
+                        yield
             except (asyncio.CancelledError, grpc.aio.AbortError):
                 outcome.code = "CANCELLED"
                 raise
+            except TimeoutError:
+                outcome.code = "DEADLINE_EXCEEDED"
+                await abort(context, DeadlineExceeded("DEADLINE", "the call took longer than its deadline"))
             except Exception as error:
                 outcome.code = error.code if isinstance(error, KVStoreError) else "INTERNAL"
                 await abort(context, error)
 
-    async def single(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        async with guarded(context):
-            return await call(_checked_input(request, method.client_streaming), context)
+    async def _write(self, context: grpc.aio.ServicerContext, response: Message) -> None:
+        """A client that does not read must not hold its place for ever."""
+        seconds = self._limits.write_seconds_max
+        try:
+            await asyncio.wait_for(context.write(response), seconds)
+        except TimeoutError:
+            text = f"a message waited {seconds} s for the client to read"
+            raise DeadlineExceeded("SLOW_READER", text, limit=seconds) from None
 
-    async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        async with guarded(context):
-            async for response in call(_checked_input(request, method.client_streaming), context):
-                yield response
+    def _seconds(self, context: grpc.aio.ServicerContext) -> float:
+        return deadline_seconds(context, self._limits)
 
-    kind = f"{'stream' if method.client_streaming else 'unary'}_{'stream' if method.server_streaming else 'unary'}"
-    make = getattr(grpc, f"{kind}_rpc_method_handler")
-    return make(
-        stream if method.server_streaming else single,
-        request_deserializer=parse,
-        response_serializer=GetMessageClass(method.output_type).SerializeToString,
-    )
+
+def deadline_seconds(context: grpc.aio.ServicerContext, limits: Limits) -> float:
+    """What is left for a call: the caller's deadline, the default where there is none, never beyond the longest."""
+    remaining = context.time_remaining()
+    return min(limits.deadline_default_seconds if remaining is None else remaining, limits.deadline_seconds_max)
 
 
 def _checked_input(request: Any, streaming: bool) -> Any:

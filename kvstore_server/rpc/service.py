@@ -12,7 +12,7 @@ from kvstore_server.errors import InvalidArgument, Unimplemented
 from kvstore_server.rpc import convert
 from kvstore_server.rpc.attend_stream import AttendStream
 from kvstore_server.rpc.fetch_stream import fetch_responses
-from kvstore_server.rpc.handlers import Admission
+from kvstore_server.rpc.handlers import Admission, deadline_seconds
 from kvstore_server.sessions.model import Query
 from kvstore_server.sessions.service import SessionService
 
@@ -200,10 +200,8 @@ class KVStoreServicer:
         )
 
     def _deadline(self, context: grpc.aio.ServicerContext) -> float:
-        """On time.monotonic()'s clock: the caller's, the default where none is given, never beyond the longest."""
-        remaining = context.time_remaining()
-        seconds = self._limits.deadline_default_seconds if remaining is None else remaining
-        return monotonic() + min(seconds, self._limits.deadline_seconds_max)
+        """On time.monotonic()'s clock."""
+        return monotonic() + deadline_seconds(context, self._limits)
 
 
 def server_info(

@@ -1,6 +1,5 @@
 """Which names of a folder tree would survive a power cut, as far as this process knows."""
 
-import os
 import threading
 from collections.abc import Callable, Iterable
 
@@ -27,16 +26,17 @@ class DurableNames:
         with self._lock:
             new = set(names) - self._durable.get(folder, set())
             if new:
+                self._make_room(len(new))
                 self._seen.setdefault(folder, set()).update(new)
 
     def contains_folder(self, folder: str) -> bool:
-        parent, name = os.path.split(folder)
+        parent, _, name = folder.rpartition("/")
         with self._lock:
             return folder == self._root or name in self._durable.get(parent, set())
 
     def settle(self, path: str) -> None:
         """Returns when the existing `path`, and every folder above it up to the root, is durable."""
-        folder, name = os.path.split(path)
+        folder, _, name = path.rpartition("/")
         with self._lock:
             if name in self._durable.get(folder, set()):
                 return
@@ -45,14 +45,18 @@ class DurableNames:
         if folder != self._root:
             self.settle(folder)
         with self._lock:
-            if self._count > NAMES_MAX:
-                self._durable.clear()
-                self._count = 0
+            self._make_room(len(covered))
             self._durable.setdefault(folder, set()).update(covered)
-            self._count += len(covered)
 
     def forget(self, path: str) -> None:
-        folder, name = os.path.split(path)
+        folder, _, name = path.rpartition("/")
         with self._lock:
             self._durable.get(folder, set()).discard(name)
             self._seen.get(folder, set()).discard(name)
+
+    def _make_room(self, count: int) -> None:
+        if self._count + count > NAMES_MAX:
+            self._durable.clear()
+            self._seen.clear()
+            self._count = 0
+        self._count += count

@@ -17,6 +17,7 @@ NUMBER_DIGITS = 12
 POSITION_MAX = 10**NUMBER_DIGITS - 1
 META = "meta"
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,159}", re.ASCII)
+_KEY = re.compile(f"{_COMPONENT.pattern}(/{_COMPONENT.pattern})*", re.ASCII)
 _NUMBER = re.compile(r"[0-9]{12}", re.ASCII)
 _META_NAME = re.compile(r"([0-9]{12})\.json", re.ASCII)
 _LOG_NAME = re.compile(r"([0-9]{12})\.safetensors", re.ASCII)
@@ -29,7 +30,7 @@ def is_component(name: str) -> bool:
 
 def check_key(key: str) -> None:
     """InvalidArgument unless every component is allowed."""
-    if not all(is_component(name) for name in key.split("/")):
+    if not _KEY.fullmatch(key):
         raise InvalidArgument("key", "has a component that is not allowed")
 
 

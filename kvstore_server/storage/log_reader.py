@@ -41,9 +41,9 @@ def read_entries(store: ObjectStore, state: SessionState) -> list[AppendEntry]:
         begin = entries[-1].end if entries else 0
         entries += _read_log(store, Identity(state.tenant, owner.session, owner.generation, begin), owner.end)
     entries += _read_log(store, Identity(state.tenant, state.session, state.generation, state.base), None)
-    for previous, (index, entry) in zip([None, *entries], list(enumerate(entries)), strict=False):
-        if not follows(entry, previous):
-            entries[index] = _damaged(entry.identity(state.tenant), entry.end, "of another history")
+    broken = [i for i, entry in enumerate(entries) if not follows(entry, entries[i - 1] if i else None)]
+    for index in {place for i in broken for place in (i - 1, i) if place >= 0}:  # either may be the stranger
+        entries[index] = _damaged(entries[index].identity(state.tenant), entries[index].end, "of another history")
     return entries
 
 

@@ -72,7 +72,7 @@ def read_header(head: memoryview, identity: Identity) -> SegmentHeader:
     return header
 
 
-def read_segment(data: bytes | memoryview, identity: Identity) -> Segment:
+def read_segment(data: Buffer, identity: Identity) -> Segment:
     """The segment, as views of `data` (of a copy if that is read-only).
 
     DataLoss unless every byte is what was written for this very append; FailedPrecondition if a newer version wrote it.
@@ -86,7 +86,7 @@ def read_segment(data: bytes | memoryview, identity: Identity) -> Segment:
     return segment
 
 
-def inspect_segment(data: bytes | memoryview, identity: Identity) -> tuple[Segment, list[Damage]]:
+def inspect_segment(data: Buffer, identity: Identity) -> tuple[Segment, list[Damage]]:
     """As read_segment, but lists what is damaged: all else may be used. DamagedError if nothing may."""
     view = memoryview(data).cast("B")
     header = read_header(view, identity)
