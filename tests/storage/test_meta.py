@@ -1,0 +1,98 @@
+"""Meta records come back as they were written, or not at all."""
+
+import random
+from typing import Any
+
+import pytest
+
+from kvstore_server.errors import DataLoss, FailedPrecondition, KVStoreError
+from kvstore_server.storage.meta import Ancestor, Attributes, Create, Delete, Record, read_record, write_record
+
+from .inputs import CLOCK_SECONDS, SHAPE, SPEC, TENANT
+from .records import DELETE, signed
+
+COMMON: dict[str, Any] = {
+    "tenant": TENANT,
+    "session": "name",
+    "seq": 3,
+    "writer": "a1",
+    "created_unix_seconds": CLOCK_SECONDS,
+}
+ANCESTORS = (Ancestor(session="parent", generation="000000000000", end=7),)
+RECORDS: list[Record] = [
+    Create(**COMMON, spec=SPEC, shape=SHAPE, ttl_seconds=3.5, pinned=True, ancestors=ANCESTORS),
+    Create(**COMMON, spec=SPEC, shape=SHAPE, ttl_seconds=None, pinned=False, ancestors=()),
+    Attributes(**COMMON, generation="000000000001", ttl_seconds=60, pinned=True),
+    DELETE,
+]
+
+
+def read(data: bytes) -> Record:
+    return read_record(data, TENANT, "name", 3)
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_a_record_comes_back(record: Record) -> None:
+    assert read(write_record(record)) == record
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_every_flipped_bit_and_every_truncation_is_detected(record: Record) -> None:
+    data = bytearray(write_record(record))
+    for place in range(len(data)):
+        with pytest.raises(DataLoss):
+            read(bytes(data[:place]))
+        for bit in range(8):
+            data[place] ^= 1 << bit
+            with pytest.raises(DataLoss):
+                read(bytes(data))
+            data[place] ^= 1 << bit
+    with pytest.raises(DataLoss):
+        read(bytes(data) + b" ")
+
+
+@pytest.mark.parametrize("place", [("other", "name", 3), (TENANT, "other", 3), (TENANT, "name", 4)])
+def test_the_record_of_another_name_is_refused(place: tuple[str, str, int]) -> None:
+    with pytest.raises(DataLoss):
+        read_record(write_record(RECORDS[0]), *place)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": "checkpoint"},
+        {"type": "something new"},
+        {"min_reader": 2},
+        {"min_reader": None},
+        {"more": 1},
+        {"generation": 1},
+        {"type": ["delete"]},
+    ],
+)
+def test_what_a_newer_version_wrote_is_refused_as_such(fields: dict[str, Any]) -> None:
+    with pytest.raises(FailedPrecondition):
+        read(signed(**fields))
+
+
+def test_a_higher_version_that_this_reader_may_read_is_read() -> None:
+    assert isinstance(read(signed(version=7)), Delete)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"null", b"[]", b"{}", b"[" * 100_000, b"\xff", b'{"crc32c":NaN}', b"1" * 5000, b" " * (2 << 20)]
+)
+def test_what_is_no_record_is_data_loss(data: bytes) -> None:
+    with pytest.raises(DataLoss):
+        read(data)
+
+
+def test_random_damage_only_raises_our_errors() -> None:
+    source = random.Random(5)
+    data = write_record(RECORDS[0])
+    for _ in range(2000):
+        changed = bytearray(data)
+        for _ in range(source.randrange(1, 5)):
+            changed[source.randrange(len(changed))] = source.randrange(256)
+        if bytes(changed) != data:
+            with pytest.raises(KVStoreError):
+                read(bytes(changed))

@@ -1,0 +1,114 @@
+"""The offline check names what is damaged, all of it, and nothing else."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvstore_server.storage.keys import meta_key
+from kvstore_server.storage.local import LocalStore
+from kvstore_server.storage.verify import Report, verify_store
+
+from .inputs import SHAPE, SPEC, TENANT, append, commit_log
+from .memory_store import MemoryStore
+from .records import checkpoint
+
+A = "default/a/000000000000/log"
+B = "default/b/000000000000/log"
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    """a: three appends of 300 tokens; b: a fork of a at 450, and one append of its own; c: deleted and created again."""
+    store = MemoryStore()
+    log = commit_log(store)
+    parent, _ = log.create("a", SHAPE, SPEC)
+    for seed in range(3):
+        append(log, parent, 300, seed=seed)
+    child, _ = log.fork(parent, 450, "b")
+    append(log, child, 2, seed=5)
+    other, _ = log.create("c", SHAPE, SPEC)
+    append(log, other, 2, seed=6)
+    log.delete("c")
+    log.create("c", SHAPE, SPEC)
+    store.put_if_absent("_probe/x", [b"the store's own"])
+    return store
+
+
+def found(store: MemoryStore) -> list[str]:
+    return [str(damaged) for damaged in verify_store(store).damaged]
+
+
+def flip(store: MemoryStore, key: str, place: int) -> None:
+    data = bytearray(store.objects[key])
+    data[place] ^= 4
+    store.objects[key] = bytes(data)
+
+
+def test_a_whole_store_is_clean_and_counted(store: MemoryStore) -> None:
+    seen: list[int] = []
+
+    def progress(report: Report) -> None:
+        seen.append(report.sessions)
+        assert report.sessions_total == 3
+
+    report = verify_store(store, progress)
+    assert report.damaged == []
+    assert (report.sessions, report.records, report.segments) == (3, 5, 5)
+    assert report.bytes == sum(len(data) for key, data in store.objects.items() if "/log/" in key)
+    assert len(seen) == 3 + 5 + 5
+
+
+def test_an_empty_folder_is_clean(tmp_path: Path) -> None:
+    assert verify_store(LocalStore(tmp_path)).damaged == []
+
+
+def test_a_flipped_bit_anywhere_is_named(store: MemoryStore) -> None:
+    source = random.Random(2)
+    keys = [key for key in store.objects if "/log/" in key or "/meta/" in key]
+    for _ in range(60):
+        key = source.choice(keys)
+        place = source.randrange(len(store.objects[key]))
+        flip(store, key, place)
+        session = key.split("/")[1]
+        assert any(line.startswith(f"default/{session}") for line in found(store)), (key, place)
+        flip(store, key, place)
+    assert found(store) == []
+
+
+def test_a_damaged_page_is_named_with_its_layer_and_kind(store: MemoryStore) -> None:
+    flip(store, f"{A}/000000000300.safetensors", -1)
+    expected = "default/a generation 000000000000 positions [556, 600) layer 1 values: checksum"
+    assert found(store) == [expected]
+
+
+def test_a_missing_object_is_named_by_all_who_share_it(store: MemoryStore) -> None:
+    del store.objects[f"{A}/000000000300.safetensors"]
+    key = f"{A}/000000000300.safetensors"
+    assert found(store) == [
+        f"default/a generation 000000000000 positions [300, 600): missing ({key})",
+        f"default/b generation 000000000000 positions [300, 450): missing ({key})",
+    ]
+
+
+DAMAGES: dict[str, Callable[[dict[str, bytes]], object]] = {
+    "a damaged header": lambda o: o.update({f"{A}/000000000000.safetensors": b"?" * 500}),
+    "a truncated last object": lambda o: o.update({f"{B}/000000000450.safetensors": b""}),
+    "a swapped object": lambda o: o.update({f"{A}/000000000000.safetensors": o[f"{A}/000000000300.safetensors"]}),
+    "overlapping objects": lambda o: o.update({f"{A}/000000000301.safetensors": o[f"{A}/000000000300.safetensors"]}),
+    "damage in a deleted generation": lambda o: o.update({"default/c/000000000000/log/000000000000.safetensors": b"x"}),
+    "a record of a newer version": lambda o: o.update({meta_key(TENANT, "a", 1): checkpoint("a", 1)}),
+    "a missing record": lambda o: o.pop(meta_key(TENANT, "c", 1)),
+    "a truncated record": lambda o: o.update({meta_key(TENANT, "b", 0): b"{"}),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_other_damage_is_named_and_does_not_stop_the_check(store: MemoryStore, name: str) -> None:
+    flip(store, f"{B}/000000000450.safetensors", -1)
+    before = len(found(store))
+    DAMAGES[name](store.objects)
+    lines = found(store)
+    assert len(lines) > before or name == "a truncated last object"
+    assert any("default/b" in line for line in lines)
