@@ -28,11 +28,11 @@ def test_a_failed_sync_makes_nothing_durable() -> None:
 
     def sync(folder: str) -> None:
         attempts.append(folder)
-        raise OSError
+        raise OSError("no sync")
 
     names = DurableNames("/r", sync)
     for _ in range(2):
-        with pytest.raises(OSError):  # noqa: PT011: any failure
+        with pytest.raises(OSError, match="no sync"):
             names.settle("/r/a/x")
     assert attempts == ["/r/a", "/r/a"]
     assert not names.contains_folder("/r/a")

@@ -20,7 +20,7 @@ B = "default/b/000000000000/log"
 
 @pytest.fixture
 def store() -> MemoryStore:
-    """a: three appends of 300 tokens; b: a fork of a at 450, and one append of its own; c: deleted and created again."""
+    """a: three appends of 300 tokens; b: a fork of a at 450 and one append; c: deleted and created again."""
     store = MemoryStore()
     log = commit_log(store)
     parent, _ = log.create("a", SHAPE, SPEC)
