@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvstore_kernels.compiled.jit import kernel, reassociating
 from kvstore_kernels.compiled.rows import DenseBlocks, Floats, SignBlocks
-from kvstore_kernels.compiled.score import BLOCK_TOKENS, KeyReader, key_reader, padded, soft_cap
+from kvstore_kernels.compiled.score import BLOCK_TOKENS, DENSE_TOKENS, KeyReader, key_reader, padded, soft_cap
 from kvstore_kernels.compiled.threads import run
 from kvstore_kernels.shapes import check_pair, heads_of, query_group
 from kvstore_kernels.types import DenseRows, Rows, SignRows
@@ -33,8 +33,8 @@ class ValueReader(Protocol):
 
     width: int
 
-    def add(self, tokens: slice, head: int, weights: Floats, sums: NDArray[np.float64]) -> None:
-        """Adds the sums of weights [R, n] to sums [R, width]."""
+    def add(self, tokens: slice, weights: Floats, sums: NDArray[np.float64]) -> None:
+        """Adds the sums of weights [H, R, n] to sums [H, R, width]."""
         ...
 
     def combine(self, head: int, sums: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -97,15 +97,13 @@ def _reduce(keys: KeyReader, values: ValueReader, tokens: int, rows: tuple[int, 
         def task(index: int, first: int = first, wave: _Partial = wave) -> None:
             start = (first + index) * BLOCK_TOKENS
             block = slice(start, min(start + BLOCK_TOKENS, tokens))
-            weights = np.empty((rows[1], block.stop - block.start), np.float32)
-            for head in range(rows[0]):
-                keys.logits(block, head, weights)
-                soft_cap(weights, cap)
-                best = weights.max(1)
-                np.exp(np.subtract(weights, best[:, None], out=weights), out=weights)
-                wave.best[index + 1, head] = best
-                _row_sums(weights, wave.total[index + 1, head])
-                values.add(block, head, weights, wave.sums[index + 1, head])
+            weights = np.empty((*rows, block.stop - block.start), np.float32)
+            keys.logits(block, weights)
+            soft_cap(weights, cap)
+            best = wave.best[index + 1] = weights.max(2)
+            np.exp(np.subtract(weights, best[..., None], out=weights), out=weights)
+            _row_sums(weights, wave.total[index + 1])
+            values.add(block, weights, wave.sums[index + 1])
 
         run(task, count)
         state = wave.merged()
@@ -129,11 +127,11 @@ class _SignValues:
         self._groups = [np.array(groups, np.int64) for groups in layout.word_groups]
         self.width = max(len(matrix) for matrix in values.expansion.matrix) + layout.groups
 
-    def add(self, tokens: slice, head: int, weights: Floats, sums: NDArray[np.float64]) -> None:
-        alphas, betas = self._blocks.scales(tokens, head)
-        words = self._blocks.words(tokens, head)
-        _sign_sums(words, self._groups[head], weights, alphas, BIT, sums)
-        _offset_sums(weights, betas, sums[:, 32 * words.shape[1] :])
+    def add(self, tokens: slice, weights: Floats, sums: NDArray[np.float64]) -> None:
+        for head, groups in enumerate(self._groups):
+            words, (alphas, betas) = self._blocks.words(tokens, head), self._blocks.scales(tokens, head)
+            _sign_sums(words, groups, weights[head], alphas, BIT, sums[head])
+            _offset_sums(weights[head], betas, sums[head, :, 32 * words.shape[1] :])
 
     def combine(self, head: int, sums: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:
         matrix = self._expansion.matrix[head].numpy()
@@ -149,8 +147,10 @@ class _DenseValues:
     def __init__(self, values: DenseRows) -> None:
         self._blocks, self.width = DenseBlocks(values.data), values.data.shape[2]
 
-    def add(self, tokens: slice, head: int, weights: Floats, sums: NDArray[np.float64]) -> None:
-        _dense_sums(self._blocks.read(tokens, head), weights, sums)
+    def add(self, tokens: slice, weights: Floats, sums: NDArray[np.float64]) -> None:
+        for start in range(0, weights.shape[2], DENSE_TOKENS):
+            part = slice(tokens.start + start, min(tokens.start + start + DENSE_TOKENS, tokens.stop))
+            _dense_sums(self._blocks.read(part), weights[:, :, start : start + DENSE_TOKENS], sums)
 
     def combine(self, head: int, sums: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:
         return sums
@@ -158,11 +158,12 @@ class _DenseValues:
 
 @reassociating
 def _row_sums(weights, sums):
-    for row in range(weights.shape[0]):
-        total = 0.0
-        for token in range(weights.shape[1]):
-            total += np.float64(weights[row, token])
-        sums[row] = total
+    for head in range(weights.shape[0]):
+        for row in range(weights.shape[1]):
+            total = 0.0
+            for token in range(weights.shape[2]):
+                total += np.float64(weights[head, row, token])
+            sums[head, row] = total
 
 
 @kernel
@@ -232,14 +233,29 @@ def _offset_sums(weights, betas, sums):
 
 @reassociating
 def _dense_sums(rows, weights, sums):
-    """sums[r] += sum_n weights[r, n] rows[n], in float32 over 256 tokens, then in float64."""
-    part = np.empty(rows.shape[1], np.float32)
-    for row in range(weights.shape[0]):
-        for start in range(0, rows.shape[0], 256):
-            part[:] = 0
-            for token in range(start, min(start + 256, rows.shape[0])):
-                weight = weights[row, token]
-                for channel in range(rows.shape[1]):
-                    part[channel] += weight * rows[token, channel]
-            for channel in range(rows.shape[1]):
-                sums[row, channel] += np.float64(part[channel])
+    """sums[h, r] += sum_n weights[h, r, n] rows[n, h], in float32 over these tokens, then in float64."""
+    count = rows.shape[0]
+    parts = np.zeros((weights.shape[0], weights.shape[1], rows.shape[2]), np.float32)
+    for token in range(0, count - 3, 4):
+        for head in range(rows.shape[1]):
+            row0, row1, row2, row3 = (
+                rows[token, head],
+                rows[token + 1, head],
+                rows[token + 2, head],
+                rows[token + 3, head],
+            )
+            for row in range(weights.shape[1]):
+                w0, w1 = weights[head, row, token], weights[head, row, token + 1]
+                w2, w3 = weights[head, row, token + 2], weights[head, row, token + 3]
+                part = parts[head, row]
+                for channel in range(part.shape[0]):
+                    part[channel] += w0 * row0[channel] + w1 * row1[channel] + w2 * row2[channel] + w3 * row3[channel]
+    for token in range(count // 4 * 4, count):
+        for head in range(rows.shape[1]):
+            for row in range(weights.shape[1]):
+                for channel in range(rows.shape[2]):
+                    parts[head, row, channel] += weights[head, row, token] * rows[token, head, channel]
+    for head in range(parts.shape[0]):
+        for row in range(parts.shape[1]):
+            for channel in range(parts.shape[2]):
+                sums[head, row, channel] += np.float64(parts[head, row, channel])

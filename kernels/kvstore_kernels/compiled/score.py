@@ -27,28 +27,31 @@ QUAD = 4
 """Query rows of a KV head that one pass over the sketches serves."""
 
 
+DENSE_TOKENS = 128
+"""Dense rows that are widened to float32 at once."""
+
+
 class KeyReader(Protocol):
     """Keys as seen by the R query rows of each KV head, row t * (Hq / H) + g, R padded to a multiple of QUAD."""
 
-    def logits(self, tokens: slice, head: int, out: Floats) -> None:
-        """Fills out [R padded, n], before any soft cap."""
+    def logits(self, tokens: slice, out: Floats) -> None:
+        """Fills out [H, R, n], before any soft cap."""
         ...
 
 
 def score(q: Tensor, keys: Rows, *, sm_scale: float, logit_soft_cap: float = 0.0) -> Tensor:
-    """As `reference.score.score`."""
+    """As `reference.score`."""
     tokens, (heads, head_dim) = tokens_of(keys), heads_of(keys)
     group = query_group(q, heads, head_dim)
     reader = key_reader(q, keys, sm_scale=sm_scale)
-    out = np.empty((q.shape[0], heads, group, tokens), np.float32)
+    out = np.empty((len(q), heads, group, tokens), np.float32)
 
     def task(index: int) -> None:
         block = slice(index * BLOCK_TOKENS, min((index + 1) * BLOCK_TOKENS, tokens))
-        logits = np.empty((padded(q.shape[0] * group), block.stop - block.start), np.float32)
-        for head in range(heads):
-            reader.logits(block, head, logits)
-            soft_cap(logits, logit_soft_cap)
-            out[:, head, :, block] = logits[: q.shape[0] * group].reshape(q.shape[0], group, -1)
+        logits = np.empty((heads, padded(len(q) * group), block.stop - block.start), np.float32)
+        reader.logits(block, logits)
+        soft_cap(logits, logit_soft_cap)
+        out[..., block] = logits[:, : len(q) * group].reshape(heads, len(q), group, -1).swapaxes(0, 1)
 
     run(task, -(-tokens // BLOCK_TOKENS))
     return torch.from_numpy(out).flatten(1, 2)
@@ -80,12 +83,12 @@ class _SignKeys:
         ]
         self._sm_scale, self._penalty = np.float32(sm_scale), np.float32(debias / 2 * sm_scale**2)
 
-    def logits(self, tokens: slice, head: int, out: Floats) -> None:
-        own = self._heads[head]
-        alphas, betas = self._blocks.scales(tokens, head)
-        out[:] = own.mean
-        _add_signs(self._blocks.words(tokens, head), own.order, own.ends, own.tables, alphas, own.step, out)
-        _finish(alphas, betas, own.offsets, own.noise, self._sm_scale, self._penalty, out)
+    def logits(self, tokens: slice, out: Floats) -> None:
+        for head, own in enumerate(self._heads):
+            alphas, betas = self._blocks.scales(tokens, head)
+            out[head] = own.mean
+            _add_signs(self._blocks.words(tokens, head), own.order, own.ends, own.tables, alphas, own.step, out[head])
+            _finish(alphas, betas, own.offsets, own.noise, self._sm_scale, self._penalty, out[head])
 
 
 class _SignHead:
@@ -109,13 +112,16 @@ class _SignHead:
 
 class _DenseKeys:
     def __init__(self, q: Tensor, keys: DenseRows, sm_scale: float) -> None:
-        heads = keys.data.shape[1]
-        rows = q.float().unflatten(1, (heads, -1)).transpose(0, 1).reshape(heads, -1, q.shape[2])
-        self._queries = [_pad(own.numpy()) for own in rows]
+        rows = q.float().unflatten(1, (keys.data.shape[1], -1)).transpose(0, 1).flatten(1, 2)
+        self._queries = np.stack([_pad(own.numpy()) for own in rows])
         self._blocks, self._sm_scale = DenseBlocks(keys.data), np.float32(sm_scale)
 
-    def logits(self, tokens: slice, head: int, out: Floats) -> None:
-        _dense_scores(self._blocks.read(tokens, head), self._queries[head], self._sm_scale, out)
+    def logits(self, tokens: slice, out: Floats) -> None:
+        for start in range(0, out.shape[2], DENSE_TOKENS):
+            part = slice(tokens.start + start, min(tokens.start + start + DENSE_TOKENS, tokens.stop))
+            _dense_scores(
+                self._blocks.read(part), self._queries, self._sm_scale, out[:, :, start : start + DENSE_TOKENS]
+            )
 
 
 def _pad(rows: Floats) -> Floats:
@@ -193,10 +199,18 @@ def _finish(alphas, betas, offsets, noise, sm_scale, penalty, out):
 
 @reassociating
 def _dense_scores(rows, queries, sm_scale, out):
-    """out[r, n] = sm_scale <queries_r, rows_n>."""
+    """out[h, r, n] = sm_scale <queries_hr, rows_nh>, in the order in which the rows lie in memory."""
     for token in range(rows.shape[0]):
-        for row in range(queries.shape[0]):
-            total = np.float32(0)
-            for channel in range(rows.shape[1]):
-                total += queries[row, channel] * rows[token, channel]
-            out[row, token] = total * sm_scale
+        for head in range(rows.shape[1]):
+            key = rows[token, head]
+            for row in range(0, queries.shape[1], 4):
+                query0, query1 = queries[head, row], queries[head, row + 1]
+                query2, query3 = queries[head, row + 2], queries[head, row + 3]
+                dot0 = dot1 = dot2 = dot3 = np.float32(0)
+                for channel in range(key.shape[0]):
+                    dot0 += query0[channel] * key[channel]
+                    dot1 += query1[channel] * key[channel]
+                    dot2 += query2[channel] * key[channel]
+                    dot3 += query3[channel] * key[channel]
+                out[head, row, token], out[head, row + 1, token] = dot0 * sm_scale, dot1 * sm_scale
+                out[head, row + 2, token], out[head, row + 3, token] = dot2 * sm_scale, dot3 * sm_scale

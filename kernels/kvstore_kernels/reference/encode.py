@@ -32,7 +32,8 @@ def encode(x: Tensor, encoder: Encoder) -> Signs:
     way to that, cost a one-token append as much as a full block.
     """
     layout = encoder.layout
-    check_input(x, encoder)
+    check_shape(x, encoder)
+    check_finite(x)
     words = torch.empty(len(x), layout.words, dtype=torch.int32)
     scales = torch.empty(len(x), layout.scales, dtype=torch.float64)
     for heads in _alike(encoder):
@@ -132,11 +133,13 @@ def _affine(x: Tensor, planes: int) -> tuple[Tensor, Tensor]:
     return bits.flatten(1), torch.cat([(high - low) / top / 2, (high + low) / 2], 1)
 
 
-def check_input(x: Tensor, encoder: Encoder) -> None:
-    """ValueError for a wrong shape, NonFiniteError for NaN or Inf."""
+def check_shape(x: Tensor, encoder: Encoder) -> None:
     layout = encoder.layout
     if x.dim() != 3 or [*x.shape[1:]] != [layout.heads, layout.head_dim]:
         raise ValueError(f"x has shape {[*x.shape]} instead of [N, {layout.heads}, {layout.head_dim}]")
+
+
+def check_finite(x: Tensor) -> None:
     if not x.isfinite().all():
         token, head = (~x.isfinite().all(2)).nonzero()[0].tolist()
         raise NonFiniteError(token, head)
