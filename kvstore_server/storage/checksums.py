@@ -15,7 +15,7 @@ import numpy as np
 from crc32c import crc32c
 from numpy.typing import NDArray
 
-from kvstore_codecs.spec import KINDS, Kind
+from kvstore_codecs.spec import Kind
 from kvstore_server.storage.geometry import CRC_FIXED, PAGE_TOKENS, PARTS, Layout, Part
 
 Views = Mapping[tuple[int, Kind, Part], memoryview]
@@ -39,19 +39,16 @@ def whole_damage(token_start: int, token_end: int, what: str) -> Damage:
 
 
 def crc_table(layout: Layout, head_crc: int, views: Views, fit: list[memoryview]) -> CrcTable:
-    """The whole tensor for these bytes; parts that are not in `views` are empty."""
+    """The whole tensor for these bytes; parts that are not in `views` must be empty."""
     table = np.zeros(layout.crc_slots, "<u4")
     table[0] = head_crc
-    for layer, kind in layout.spans:
-        for page in range(layout.pages):
-            crc = 0
-            for part, start, end in layout.page_spans(layer, kind, page):
-                crc = crc32c(views[layer, kind, part][start:end], crc)
-            table[layout.crc_slot(layer, kind, page)] = crc
-    crc = 0
-    for view in fit:
-        crc = crc32c(view, crc)
-    table[layout.fit_crc_slot : layout.fit_crc_slot + bool(fit)] = crc
+    for slot, (layer, kind, _, pieces) in enumerate(layout.checked, start=CRC_FIXED):
+        crc = 0
+        for part, start, end in pieces:
+            crc = crc32c(views[layer, kind, part][start:end], crc)
+        table[slot] = crc
+    if fit:
+        table[layout.fit_crc_slot] = crc32c(fit[1], crc32c(fit[0]))
     table[1] = crc32c(table[CRC_FIXED:].tobytes())
     return table
 
@@ -68,11 +65,10 @@ def damages(layout: Layout, start: int, body: memoryview) -> Iterator[Damage]:
     end = start + layout.geometry.tokens
     if found[1] != crc32c(found[CRC_FIXED:].tobytes()):
         yield whole_damage(start, end, "checksums")
-    for slot in np.flatnonzero(found[CRC_FIXED:] != expected[CRC_FIXED:]) + CRC_FIXED:
-        layer_kind, page = divmod(int(slot) - CRC_FIXED, layout.pages)
-        layer, kind = divmod(layer_kind, len(KINDS))
-        if layer < layout.geometry.layers:
-            first = start + page * PAGE_TOKENS
-            yield Damage(first, min(first + PAGE_TOKENS, end), layer, KINDS[kind], "checksum")
-        elif slot == layout.fit_crc_slot and layout.fit:
+    for index in np.flatnonzero(found[CRC_FIXED:] != expected[CRC_FIXED:]):
+        if index < len(layout.checked):
+            page = layout.checked[index]
+            first = start + page.page * PAGE_TOKENS
+            yield Damage(first, min(first + PAGE_TOKENS, end), page.layer, page.kind, "checksum")
+        elif layout.fit and CRC_FIXED + index == layout.fit_crc_slot:
             yield Damage(start, end, None, "fit", "checksum")

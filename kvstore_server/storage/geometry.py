@@ -18,7 +18,7 @@ its element without holes, and puts the checksums into the first read.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import Annotated, Literal, NamedTuple
 
@@ -83,6 +83,15 @@ class KindSpans(NamedTuple):
     scales: Span
 
 
+class CheckedPage(NamedTuple):
+    """What one checksum is over: pieces (part, start, end) within the parts of this layer and kind."""
+
+    layer: int
+    kind: Kind
+    page: int
+    pieces: tuple[tuple[Part, int, int], ...]
+
+
 @dataclass(frozen=True)
 class Layout:
     """A geometry worked out; spans count from the start of the data."""
@@ -102,27 +111,33 @@ class Layout:
     def crc_slots(self) -> int:
         return _crc_slots(self.geometry)
 
-    def crc_slot(self, layer: int, kind: Kind, page: int) -> int:
-        return CRC_FIXED + (layer * len(KINDS) + KINDS.index(kind)) * self.pages + page
-
     @property
     def fit_crc_slot(self) -> int:
-        """After those of all pages; 0 bytes without a fit."""
-        return self.crc_slot(self.geometry.layers, "keys", 0)
+        """After those of all pages."""
+        return CRC_FIXED + self.geometry.layers * len(KINDS) * self.pages
 
-    def page_spans(self, layer: int, kind: Kind, page: int) -> Iterator[tuple[Part, int, int]]:
-        """(part, start, end) within that part of this layer and kind: what one page covers, empty spans left out."""
-        geometry, place = self.geometry, self.spans[layer, kind]
-        first, last = page * PAGE_TOKENS, min((page + 1) * PAGE_TOKENS, geometry.tokens)
-        row_bytes = row_bytes_of(geometry)
-        spans: list[tuple[Part, int, int]] = [
-            ("rows", min(first, place.row_count) * row_bytes, min(last, place.row_count) * row_bytes)
-        ]
-        if place.widths is not None:
-            signs = max(first - geometry.exact, 0), max(last - geometry.exact, 0)
-            spans.append(("words", signs[0] * 4 * place.widths.words, signs[1] * 4 * place.widths.words))
-            spans.append(("scales", signs[0] * 2 * place.widths.scales, signs[1] * 2 * place.widths.scales))
-        return ((part, start, end) for part, start, end in spans if start < end)
+    @cached_property
+    def checked(self) -> tuple[CheckedPage, ...]:
+        """Every page of every layer and kind, in the order of their checksums, from slot CRC_FIXED on."""
+        return tuple(
+            CheckedPage(layer, kind, page, tuple(self._page_pieces(self.spans[layer, kind], page)))
+            for layer in range(self.geometry.layers)
+            for kind in KINDS
+            for page in range(self.pages)
+        )
+
+    def _page_pieces(self, place: KindSpans, page: int) -> Iterator[tuple[Part, int, int]]:
+        geometry = self.geometry
+        tokens = page * PAGE_TOKENS, min((page + 1) * PAGE_TOKENS, geometry.tokens)
+        start, end = (row_bytes_of(geometry) * min(token, place.row_count) for token in tokens)
+        if start < end:
+            yield "rows", start, end
+        words, scales = place.widths or (0, 0)
+        start, end = (max(token - geometry.exact, 0) for token in tokens)
+        if words and start < end:
+            yield "words", 4 * words * start, 4 * words * end
+        if scales and start < end:
+            yield "scales", 2 * scales * start, 2 * scales * end
 
 
 def row_bytes_of(geometry: Geometry) -> int:
