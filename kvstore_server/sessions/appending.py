@@ -149,7 +149,7 @@ class OpenAppend:
         shape, spec = live.state.shape, live.state.spec
         plan, exact, fit = live.plan, _exact_tokens(header, live.exact_end), None
         if plan is None and fit_is_due(spec, header.start + header.tokens):
-            resident = await appending.registry.fill(live)
+            resident = await appending.registry.fill(live, live.length)
             fit = await self._on_device(lambda: make_fit(spec, resident, self._assembly, header.start))
             plan = await self._on_device(lambda: plan_for(spec, shape, fit))
             exact = _exact_tokens(header, max(spec.sink_tokens, header.start))

@@ -8,10 +8,10 @@ from kvstore_server.storage.commit_log import CommitLog
 from kvstore_server.storage.session_state import AppendEntry, SessionState
 
 
-def extend_resident(log: CommitLog, state: SessionState, resident: ResidentSession) -> None:
-    """Reads the appends that `resident` lacks, in order; DataLoss names the first range that cannot be trusted."""
+def extend_resident(log: CommitLog, state: SessionState, resident: ResidentSession, end: int) -> None:
+    """Reads the appends that `resident` lacks below `end`, in order; DataLoss names the first that cannot be trusted."""
     for entry in log.appends(state):
-        if entry.start >= resident.length:
+        if resident.length <= entry.start < end:
             segment = log.read(state, entry)
             kept = entry.end - entry.start
             rows = [

@@ -81,17 +81,16 @@ class Registry:
         if resident is None or resident.length < end:
             try:
                 async with asyncio.timeout(max(0.0, deadline - monotonic())), live.lock:
-                    resident = await self.fill(live)
+                    resident = await self.fill(live, end)
             except TimeoutError:
                 raise DeadlineExceeded("DEADLINE", "the session was not loaded in time") from None
         return resident
 
-    async def fill(self, live: LiveSession) -> ResidentSession:
-        """All rows of the session; its lock must be held."""
-        resident = live.loadable()
+    async def fill(self, live: LiveSession, end: int) -> ResidentSession:
+        """The session's rows, at least up to `end`; its lock must be held. What was read before damage is kept."""
+        resident = live.resident = live.loadable()
         async with self._loads:
-            await asyncio.to_thread(extend_resident, self.log(live.state.tenant), live.state, resident)
-        live.resident = resident
+            await asyncio.to_thread(extend_resident, self.log(live.state.tenant), live.state, resident, end)
         self.make_room(live)
         return resident
 

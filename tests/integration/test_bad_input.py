@@ -69,7 +69,7 @@ def tensor(*shape: int, value: float = 0.5) -> pb.Tensor:
 
 def details(error: grpc.aio.AioRpcError) -> tuple[str, dict[str, str]]:
     """(code, facts) of an error; every error of ours has an ErrorInfo."""
-    trailers = {key: value for key, value in error.trailing_metadata() or ()}
+    trailers = dict(error.trailing_metadata() or ())
     status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
     info = error_details_pb2.ErrorInfo()
     assert status.details[0].Unpack(info)

@@ -73,7 +73,9 @@ def test_every_acknowledged_append_survives_kill_9(tmp_path: Path) -> None:
         with server_process(tmp_path) as server, KVStoreClient(server.target) as client:
             session = client.create_session("s", SHAPE, RAW)
             length = session.length
-            assert length in (acknowledged, acknowledged + 50), "an append is whole or absent, an acknowledged one there"
+            assert length in (acknowledged, acknowledged + 50), (
+                "an append is whole or absent, an acknowledged one there"
+            )
             assert all_equal(session.fetch(), k, v, length)
             for _ in range(chance.randrange(1, 3)):
                 length = session.append(k[:, length : length + 50], v[:, length : length + 50])
