@@ -1,7 +1,6 @@
 """Decoding behind a stored prefix equals decoding with the whole cache in the process."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -11,81 +10,12 @@ transformers = pytest.importorskip("transformers", reason="the demo extra is not
 
 from kvstore_client.integrations.model_shape import fingerprint_of, shape_of  # noqa: E402
 from kvstore_client.integrations.transformers import (  # noqa: E402
-    ATTENTION,
     StoreCache,
     append_prefix,
     local_attention,
 )
-from kvstore_codecs.spec import ModelShape  # noqa: E402
 
-PREFIX = 37
-
-
-class ExactSession:
-    """A session in this process that keeps keys and values [layers, tokens, H, D] exactly."""
-
-    def __init__(self, shape: ModelShape) -> None:
-        self._k = self._v = torch.empty((shape.layers, 0, shape.kv_heads, shape.head_dim))
-        self.name, self.shape = "exact", shape
-        self.ends: list[int] = []
-        """What each query attended to."""
-
-    @property
-    def length(self) -> int:
-        return self._k.shape[1]
-
-    def append(self, k: Tensor, v: Tensor, *, start: int | None = None) -> int:
-        assert start in (None, self.length)
-        self._k, self._v = torch.cat([self._k, k.float()], 1), torch.cat([self._v, v.float()], 1)
-        return self.length
-
-    def attend(self, layer: int, q: Tensor, *, end: int | None = None) -> tuple[Tensor, Tensor]:
-        """Softmax attention in float64 over [0, end)."""
-        end = self.length if end is None else end
-        self.ends.append(end)
-        groups = q.shape[1] // self.shape.kv_heads
-        k = self._k[layer, :end].double().repeat_interleave(groups, dim=1)
-        v = self._v[layer, :end].double().repeat_interleave(groups, dim=1)
-        logits = torch.einsum("thd,nhd->thn", q.double(), k) * self.shape.sm_scale
-        out = torch.einsum("thn,nhd->thd", logits.softmax(-1), v)
-        return out.to(q.dtype), torch.logsumexp(logits, -1).float()
-
-
-def tiny_llama(**changes: Any) -> Any:
-    torch.manual_seed(0)
-    settings = {
-        "vocab_size": 97,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "initializer_range": 0.3,
-        "pad_token_id": 0,
-    }
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(settings | changes))).eval()
-    model.set_attn_implementation(ATTENTION)
-    return model
-
-
-def token_ids(count: int, seed: int = 1) -> Tensor:
-    return torch.randint(1, 97, (1, count), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def prefilled(model: Any, ids: Tensor) -> tuple[ExactSession, Any]:
-    """A session holding `ids` and the local cache that was appended to it."""
-    cache = transformers.DynamicCache(config=model.config)
-    model(ids, past_key_values=cache)
-    session = ExactSession(shape_of(model))
-    append_prefix(session, cache)
-    return session, cache
-
-
-@torch.no_grad()
-def logits_in_steps(model: Any, cache: Any, ids: Tensor, steps: list[int]) -> Tensor:
-    return torch.cat([model(part, past_key_values=cache).logits for part in ids.split(steps, dim=1)], dim=1)
+from .tiny import PREFIX, ExactSession, assert_same, logits_in_steps, prefilled, tiny_llama, token_ids  # noqa: E402
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -95,7 +25,7 @@ def test_a_stored_prefix_gives_the_logits_of_a_local_one(kv_heads: int, steps: l
     session, local = prefilled(model, token_ids(PREFIX))
     ids = token_ids(9, seed=2)
     remote = logits_in_steps(model, StoreCache(session, model), ids, steps)
-    torch.testing.assert_close(remote, logits_in_steps(model, local, ids, steps), atol=2e-5, rtol=0)
+    assert_same(remote, logits_in_steps(model, local, ids, steps))
 
 
 def test_an_empty_session_is_plain_decoding() -> None:
@@ -103,7 +33,7 @@ def test_an_empty_session_is_plain_decoding() -> None:
     session, ids = ExactSession(shape_of(model)), token_ids(12)
     whole = logits_in_steps(model, transformers.DynamicCache(config=model.config), ids, [12])
     remote = logits_in_steps(model, StoreCache(session, model), ids, [5, 1, 6])
-    torch.testing.assert_close(remote, whole, atol=2e-5, rtol=0)
+    assert_same(remote, whole)
     assert not session.ends
 
 
@@ -135,7 +65,7 @@ def test_all_layers_of_all_steps_attend_to_the_pinned_end_while_the_session_grow
     ids = token_ids(3, seed=2)
     remote = logits_in_steps(model, cache, ids, [1, 2])
     assert set(session.ends) == {PREFIX}
-    torch.testing.assert_close(remote, logits_in_steps(model, local, ids, [1, 2]), atol=2e-5, rtol=0)
+    assert_same(remote, logits_in_steps(model, local, ids, [1, 2]))
 
 
 def test_an_earlier_end_reads_a_shorter_prefix() -> None:
@@ -144,7 +74,7 @@ def test_an_earlier_end_reads_a_shorter_prefix() -> None:
     session, _ = prefilled(model, ids)
     remote = logits_in_steps(model, StoreCache(session, model, end=20), ids[:, 20:], [PREFIX - 20])
     whole = logits_in_steps(model, transformers.DynamicCache(config=model.config), ids, [PREFIX])
-    torch.testing.assert_close(remote, whole[:, 20:], atol=2e-5, rtol=0)
+    assert_same(remote, whole[:, 20:])
 
 
 def test_flushing_moves_the_local_tokens_behind_the_prefix() -> None:
@@ -156,7 +86,7 @@ def test_flushing_moves_the_local_tokens_behind_the_prefix() -> None:
     assert (session.length, cache.local_tokens) == (PREFIX + 5, 0)
     after = logits_in_steps(model, cache, ids[:, 5:], [3])
     whole = logits_in_steps(model, local, ids, [8])
-    torch.testing.assert_close(torch.cat([before, after], dim=1), whole, atol=2e-5, rtol=0)
+    assert_same(torch.cat([before, after], dim=1), whole)
 
 
 def test_generate_continues_behind_the_prefix() -> None:
