@@ -11,6 +11,7 @@ from functools import cache
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstore_kernels.types import STEP, plane_weights
 
@@ -40,23 +41,28 @@ class PlaneCode:
 @cache
 def plane_code(stored: int, read: int) -> PlaneCode:
     """All planes have the encoder's own weights; fewer are refitted by least squares for their depth."""
-    gram, cross = _moments(stored)
-    gram, cross = gram[:read, :read], cross[:read]
+    moments, signs = _moments(stored), _signs(stored)[:read]
+    gram, cross = (signs * moments[0]) @ signs.T, signs @ moments[1]
     fitted = np.array(plane_weights(stored)) if read == stored else np.round(np.linalg.solve(gram, cross), 6)
     return PlaneCode(tuple(fitted.tolist()), float(fitted @ cross), float(fitted @ gram @ fitted))
 
 
 def level_weights(stored: int, read: int, d: int) -> tuple[float, ...]:
-    """The weights of a level, times the ratio of the scale it needs to the stored one.
+    """The weights of a level, times the mean ratio of the scale that it needs to the stored one.
 
-    Scales are rms / gain, with the gains of a coordinate of a random vector of length sqrt(d) instead of a normal one:
-    tokens are normalised, and the difference, of order 1 / d, would be a bias that all tokens share.
+    With X = <z, y> at the level and Y with all planes, z a random vector of length sqrt(d), that is 1 / E[X / Y], so
+    that <x, x^> is right on average: to order 1 / d, E[Y] / E[X] on the sphere and what the covariances of X and Y
+    add. Thresholds follow |z|, so only fluctuations that |z| does not explain count.
     """
-    weights = plane_code(stored, read).weights
-    inner, signs = _cells(stored)
-    tails = np.maximum(1 - inner**2 / d, 0) ** ((d - 1) / 2) * mean_magnitude(d) * math.sqrt(d) / 2
-    cross = signs @ -np.diff(np.concatenate([[0], tails, [0]]))
-    ratio = np.dot(plane_code(stored, stored).weights, cross) / np.dot(weights, cross[:read])
+    signs = _signs(stored)
+    weights, full = plane_code(stored, read).weights, plane_code(stored, stored).weights
+    y = np.stack([np.dot(weights, signs[:read]), np.dot(full, signs)])
+    _, first, second, third = _moments(stored)
+    gain, with_square = y @ first, y @ (third - first)
+    covariance = (second * y) @ y.T - np.outer(gain, gain) - np.outer(with_square, with_square) / 2
+    relative = covariance / np.outer(gain, gain)
+    on_sphere = y @ _sphere_first_moments(stored, d)
+    ratio = on_sphere[1] / on_sphere[0] / (1 + (relative[1, 1] - relative[0, 1]) / d)
     return tuple(round(float(ratio * weight), 6) for weight in weights)
 
 
@@ -68,18 +74,26 @@ def mean_magnitude(d: int) -> float:
     return value
 
 
-def _moments(stored: int) -> tuple[np.ndarray, np.ndarray]:
-    """E[t_p t_q] and E[z t_p] of a unit normal z, by summing the quantiser's cells."""
-    inner, signs = _cells(stored)
-    normal = NormalDist()
-    mass = np.diff([0.0, *map(normal.cdf, inner), 1.0])
-    first = -np.diff([0.0, *map(normal.pdf, inner), 0.0])
-    return (signs * mass) @ signs.T, signs @ first
+def _borders(stored: int) -> NDArray[np.float64]:
+    """Inner borders of the quantiser's cells [2^b - 1]."""
+    return STEP[stored] * (np.arange(1, 2**stored) - 2 ** (stored - 1))
 
 
-def _cells(stored: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inner borders of the quantiser [2^b - 1] and t of every plane and cell [b, 2^b]."""
-    cells = 2**stored
-    inner = STEP[stored] * (np.arange(1, cells) - cells // 2)
+def _signs(stored: int) -> NDArray[np.float64]:
+    """t of every plane and cell [b, 2^b]."""
     shifts = np.arange(stored - 1, -1, -1)[:, None]
-    return inner, 2.0 * (np.arange(cells) >> shifts & 1) - 1
+    return 2.0 * (np.arange(2**stored) >> shifts & 1) - 1
+
+
+def _moments(stored: int) -> NDArray[np.float64]:
+    """E[z^k; z in cell] of a unit normal z for k = 0..3, [4, 2^b]."""
+    z, normal = _borders(stored), NormalDist()
+    below, density = np.array([normal.cdf(b) for b in z]), np.array([normal.pdf(b) for b in z])
+    below_and_zero = np.stack([below, -density, below - z * density, -(z**2 + 2) * density])
+    return np.diff(below_and_zero, prepend=0, append=np.array([[1.0], [0.0], [1.0], [0.0]]))
+
+
+def _sphere_first_moments(stored: int, d: int) -> NDArray[np.float64]:
+    """E[z; z in cell] of a coordinate of a random vector of length sqrt(d), [2^b]; its square has a Beta law."""
+    tails = np.maximum(1 - _borders(stored) ** 2 / d, 0) ** ((d - 1) / 2) * (mean_magnitude(d) * math.sqrt(d) / 2)
+    return -np.diff(tails, prepend=0, append=0)
