@@ -37,7 +37,7 @@ class Server:
         self.admission = Admission(settings.limits)
         self.telemetry = Telemetry()
         self.port = 0
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
 
     async def start(self) -> None:
         """Opens the store and the device, checks both, and serves. Raises what stops it."""

@@ -9,7 +9,7 @@ from kvstore_server.storage.session_state import AppendEntry, SessionState
 
 
 def extend_resident(log: CommitLog, state: SessionState, resident: ResidentSession, end: int) -> None:
-    """Reads the appends that `resident` lacks below `end`, in order; DataLoss names the first that cannot be trusted."""
+    """Reads the appends that `resident` lacks below `end`, in order; DataLoss names the first damaged range."""
     for entry in log.appends(state):
         if resident.length <= entry.start < end:
             segment = log.read(state, entry)

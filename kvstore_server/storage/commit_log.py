@@ -7,7 +7,9 @@ names: `start` must equal the length, so every position has one winner, without 
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 from kvstore_codecs.plan import Fit
 from kvstore_codecs.sketch import KindRows
@@ -31,6 +33,9 @@ from kvstore_server.storage.segment_header import Encoder, Encoding, Identity, S
 from kvstore_server.storage.session_state import AppendEntry, SessionState, entry_of, follows
 from kvstore_server.storage.store import ObjectStore
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 @dataclass(frozen=True)
 class Committed:
@@ -46,8 +51,21 @@ class AlreadyPresent:
     entry: AppendEntry
 
 
+def _serialised(
+    method: Callable[Concatenate["CommitLog", SessionState, P], R],
+) -> Callable[Concatenate["CommitLog", SessionState, P], R]:
+    """One call on a state at a time: a caller that was cancelled may have left one behind in its thread."""
+
+    @wraps(method)
+    def alone(log: "CommitLog", state: SessionState, *arguments: P.args, **named: P.kwargs) -> R:
+        with state.lock:
+            return method(log, state, *arguments, **named)
+
+    return alone
+
+
 class CommitLog:
-    """The sessions of one tenant. Blocking: callers run it in a worker thread, and serialise calls on one state.
+    """The sessions of one tenant. Blocking: callers run it in a worker thread; calls on one state wait for each other.
 
     Every method that takes a state raises Aborted once it finds that its generation is gone.
     """
@@ -79,6 +97,7 @@ class CommitLog:
             state.entries = []
         return state, present
 
+    @_serialised
     def update(self, state: SessionState, *, ttl_seconds: float | None, pinned: bool) -> None:
         """Sets both attributes."""
         self._meta.update(state, ttl_seconds=ttl_seconds, pinned=pinned)
@@ -87,6 +106,7 @@ class CommitLog:
         """Ends the living generation (only that one, if it is named); its name, None if there is nothing to delete."""
         return self._meta.delete(session, generation)
 
+    @_serialised
     def superseded(self, state: SessionState) -> bool:
         """One look at the meta log: whether the generation is gone. Brings the attributes up to date."""
         try:
@@ -95,6 +115,7 @@ class CommitLog:
             return True
         return False
 
+    @_serialised
     def fork(
         self,
         source: SessionState,
@@ -137,10 +158,12 @@ class CommitLog:
             state.entries = source.shared_entries(end)
         return state, present
 
+    @_serialised
     def appends(self, state: SessionState) -> list[AppendEntry]:
         """All appends in order, what is shared included; read from the store once, a copy after that."""
         return list(self._entries(state))
 
+    @_serialised
     def discover(self, state: SessionState) -> int:
         """Looks for appends beyond those known and for newer meta records; the length.
 
@@ -158,6 +181,7 @@ class CommitLog:
                 raise data_loss(identity, _unknown_length(identity, str(error))) from error
             self._extend(state, entry)
 
+    @_serialised
     def segment(
         self,
         state: SessionState,
@@ -171,11 +195,17 @@ class CommitLog:
         values: tuple[KindRows, ...],
         fit: Fit | None = None,
         block_hashes: tuple[bytes, ...] = (),
+        start: int | None = None,
     ) -> Segment:
-        """The next append of `state`, not committed. `fit` only if this append made it."""
-        last = self._last(state)
+        """The next append of `state`, not committed. `fit` only if this append made it.
+
+        `start` is where the caller believes that the session ends: commit refuses the segment if it no longer does.
+        """
+        if tokens < 1:
+            raise ValueError("an append has at least one token")
+        last, identity = self._last(state), self._next(state)
         header = SegmentHeader(
-            identity=self._next(state),
+            identity=identity if start is None else replace(identity, start=start),
             geometry=geometry_of(tokens, exact, state.shape.dtype, keys, values, fit),
             previous=last.start if last else None,
             previous_digest=last.digest if last else "",
@@ -190,6 +220,7 @@ class CommitLog:
         )
         return Segment(header, keys, values, fit)
 
+    @_serialised
     def already_present(self, state: SessionState, start: int, tokens: int, digest: str) -> AlreadyPresent | None:
         """None if `start` is the length. Looks at the store only if it is not.
 
@@ -205,6 +236,7 @@ class CommitLog:
         found = entries[index] if index < len(entries) else None
         return self._compare(state, found, start, tokens, digest)
 
+    @_serialised
     def commit(self, state: SessionState, segment: Segment) -> Committed | AlreadyPresent:
         """Makes the append durable, in a constant number of store calls; see already_present for what else may come.
 
@@ -245,7 +277,8 @@ class CommitLog:
             if (segment.header.tokens, segment.header.digest) != (entry.tokens, entry.digest):
                 raise DamagedError("another append")
         except (DamagedError, KeyError) as error:
-            self._meta.refresh(state)  # Aborted if the object is gone because the session is
+            with state.lock:
+                self._meta.refresh(state)  # Aborted if the object is gone because the session is
             what = "missing" if isinstance(error, KeyError) else str(error)
             raise data_loss(identity, whole_damage(entry.start, entry.end, what)) from error
         return segment, damages

@@ -14,6 +14,7 @@ from kvstore_server.errors import KVStoreError, ResourceExhausted, Unavailable
 from kvstore_server.storage.durable_names import DurableNames
 from kvstore_server.storage.filesystem import FileSystem, OsFileSystem
 from kvstore_server.storage.keys import check_key, is_component
+from kvstore_server.storage.reserve import Reserve
 from kvstore_server.storage.store import Buffer
 
 TEMP_SECONDS_MAX = 3600.0
@@ -43,31 +44,27 @@ class LocalStore:
         files: FileSystem | None = None,
         fatal: Callable[[str], NoReturn] = end_process,
         clock: Callable[[], float] = time.time,
+        reserve: bool = True,
     ) -> None:
         self._root = os.path.abspath(root)
         self._temp_folder = f"{self._root}/.tmp"  # hidden, so that no key can name it
         self._files = OsFileSystem() if files is None else files
         self._fatal = fatal
         self._names = DurableNames(self._root, self._sync_folder)
+        self._reserve = Reserve(self._files, f"{self._root}/.reserve") if reserve else None
         with _disk_errors():
             self._make_root()
             self._remove_old_temp_files(clock() - TEMP_SECONDS_MAX)
+        if self._reserve:
+            self._reserve.fill()
 
-    def put_if_absent(self, key: str, parts: Sequence[Buffer]) -> bool:
-        path = self._path(key)
-        if self._exists(path):
-            return False
-        with _disk_errors():
-            self._make_folders(os.path.dirname(path))
-            temp = self._write_temp(parts)
+    def put_if_absent(self, key: str, parts: Sequence[Buffer], *, urgent: bool = False) -> bool:
+        while True:
             try:
-                self._files.link(temp, path)
-            except FileExistsError:
-                return False
-            finally:
-                self._discard(temp)
-        self._names.settle(path)
-        return True
+                return self._put(key, parts)
+            except ResourceExhausted:
+                if not (urgent and self._reserve and self._reserve.release()):
+                    raise
 
     def get(self, key: str) -> memoryview:
         return self._read(key, 0, None)
@@ -115,6 +112,22 @@ class LocalStore:
                 self.delete(key)
         if not (created and refused and kept):
             raise Unavailable("STORE_UNSAFE", "the store does not refuse to create an object twice")
+
+    def _put(self, key: str, parts: Sequence[Buffer]) -> bool:
+        path = self._path(key)
+        if self._exists(path):
+            return False
+        with _disk_errors():
+            self._make_folders(os.path.dirname(path))
+            temp = self._write_temp(parts)
+            try:
+                self._files.link(temp, path)
+            except FileExistsError:
+                return False
+            finally:
+                self._discard(temp)
+        self._names.settle(path)
+        return True
 
     def _link_over(self, key: str) -> bool:
         """Whether the file system lets a link replace a name: put_if_absent looks before it links."""

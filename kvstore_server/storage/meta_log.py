@@ -149,7 +149,7 @@ class MetaLog:
     def _put(self, record: Record) -> bool:
         """Whether this very record is in place: the store may have written it and lost the answer."""
         key = meta_key(self._tenant, record.session, record.seq)
-        if self._store.put_if_absent(key, [write_record(record)]):
+        if self._store.put_if_absent(key, [write_record(record)], urgent=isinstance(record, Delete)):
             return True
         return self._read(record.session, record.seq).writer == record.writer
 

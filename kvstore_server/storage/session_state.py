@@ -1,6 +1,7 @@
 """What a process knows of one generation of one session: facts of its meta records and, once read, its appends."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from threading import RLock
 
 from kvstore_codecs.spec import CodecSpec, ModelShape
 from kvstore_server.storage.meta import Ancestor
@@ -56,9 +57,9 @@ def entry_of(key: str, header: SegmentHeader, stored_bytes: int) -> AppendEntry:
 
 @dataclass
 class SessionState:
-    """One living generation, as of meta record `seq`. Callers serialise the calls that take one.
+    """One living generation, as of meta record `seq`.
 
-    `entries` is None until the log was read; CommitLog keeps it up to date, nothing else changes it.
+    `entries` is None until the log was read; CommitLog keeps it up to date under `lock`, nothing else changes it.
     """
 
     tenant: str
@@ -72,6 +73,7 @@ class SessionState:
     created_unix_seconds: float
     ancestors: tuple[Ancestor, ...]
     entries: list[AppendEntry] | None = None
+    lock: RLock = field(default_factory=RLock, compare=False, repr=False)
 
     @property
     def base(self) -> int:

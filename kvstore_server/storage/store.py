@@ -13,9 +13,10 @@ class ObjectStore(Protocol):
     is unknown. Blocking: callers run it in a worker thread.
     """
 
-    def put_if_absent(self, key: str, parts: Sequence[Buffer]) -> bool:
+    def put_if_absent(self, key: str, parts: Sequence[Buffer], *, urgent: bool = False) -> bool:
         """Durably creates `key` from the concatenated parts; False, changing nothing, if it exists already.
 
+        Small `urgent` objects (deletes) may use space that a full disk keeps for them.
         True means: fsynced (data, name and every new folder) or acknowledged by the object store.
         """
         ...

@@ -1,7 +1,8 @@
 """Every wrong field answers its code, names itself, and leaves the session as it was."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -21,12 +22,12 @@ TOKEN_BYTES = 2 * 32 * 4
 
 
 @pytest.fixture
-async def stub(tmp_path: Path) -> AsyncIterator[KVStoreServiceStub]:
+async def stub(tmp_path: Path) -> AsyncIterator[Any]:
     async with (
         serving(tmp_path) as server,
         grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
     ):
-        stub = KVStoreServiceStub(channel)
+        stub: Any = KVStoreServiceStub(channel)
         codec = CodecSpec(keys=Rotated(planes=2), values=Rotated(planes=2), sink_tokens=2, fit_tokens=3)
         create = pb.CreateSessionRequest(name="s", shape=shape_to(SHAPE), codec_json=codec.model_dump_json())
         await stub.CreateSession(create)
@@ -34,7 +35,7 @@ async def stub(tmp_path: Path) -> AsyncIterator[KVStoreServiceStub]:
         yield stub
 
 
-def header(**changes: object) -> pb.AppendHeader:
+def header(**changes: Any) -> pb.AppendHeader:
     facts = {
         "session": "s",
         "generation": "",
@@ -46,7 +47,7 @@ def header(**changes: object) -> pb.AppendHeader:
     return pb.AppendHeader(**{**facts, **changes})
 
 
-def frames(value: float = 1.0, **changes: object) -> list[pb.AppendRequest]:
+def frames(value: float = 1.0, **changes: Any) -> list[pb.AppendRequest]:
     """All frames of the append that `header` announces; `changes` go to the last one."""
     data = torch.full((TOKENS, 2, 32), value).add_(torch.arange(TOKENS).view(-1, 1, 1)).numpy().tobytes()
     made = [
@@ -76,21 +77,23 @@ def details(error: grpc.aio.AioRpcError) -> tuple[str, dict[str, str]]:
     return error.code().name, dict(info.metadata)
 
 
-async def refused(call: object) -> tuple[str, dict[str, str]]:
+async def refused(call: Any) -> tuple[str, dict[str, str]]:
+    """How a unary call or a response stream is refused."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        if hasattr(call, "__aiter__"):
-            async for _ in call:  # type: ignore[attr-defined]
-                pass
-        else:
-            await call  # type: ignore[misc]
+        await (_drained(call) if hasattr(call, "__aiter__") else call)
     return details(caught.value)
+
+
+async def _drained(responses: AsyncIterable[object]) -> None:
+    async for _ in responses:
+        pass
 
 
 NAMES = ["", "a/b", "..", ".", "_own", "-x", "a\x00b", "ä", "a" * 129, "a" * 300, "a b", "../../etc"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_a_name_that_is_not_allowed_is_refused_everywhere(stub: KVStoreServiceStub, name: str) -> None:
+async def test_a_name_that_is_not_allowed_is_refused_everywhere(stub: Any, name: str) -> None:
     for call, field in (
         (stub.CreateSession(pb.CreateSessionRequest(name=name, shape=shape_to(SHAPE))), "name"),
         (stub.GetSession(pb.GetSessionRequest(name=name)), "name"),
@@ -107,7 +110,7 @@ async def test_a_name_that_is_not_allowed_is_refused_everywhere(stub: KVStoreSer
         assert await refused(call) == ("INVALID_ARGUMENT", {"field": field, "limit": "128"})
 
 
-async def test_an_unknown_session_is_not_found(stub: KVStoreServiceStub) -> None:
+async def test_an_unknown_session_is_not_found(stub: Any) -> None:
     for call in (
         stub.GetSession(pb.GetSessionRequest(name="t")),
         stub.Append(append(header(session="t"))),
@@ -118,7 +121,7 @@ async def test_an_unknown_session_is_not_found(stub: KVStoreServiceStub) -> None
         assert (await refused(call))[0] == "NOT_FOUND"
 
 
-def shape_with(**changes: object) -> pb.ModelShape:
+def shape_with(**changes: Any) -> pb.ModelShape:
     message = shape_to(SHAPE)
     for name, value in changes.items():
         if name in ("dtype", "sm_scale", "logit_soft_cap"):
@@ -147,7 +150,7 @@ def shape_with(**changes: object) -> pb.ModelShape:
         (shape_with(logit_soft_cap=float("nan")), "shape.logit_soft_cap"),
     ],
 )
-async def test_a_wrong_shape_names_its_field(stub: KVStoreServiceStub, shape: pb.ModelShape, field: str) -> None:
+async def test_a_wrong_shape_names_its_field(stub: Any, shape: pb.ModelShape, field: str) -> None:
     code, facts = await refused(stub.CreateSession(pb.CreateSessionRequest(name="t", shape=shape)))
     assert (code, facts["field"]) == ("INVALID_ARGUMENT", field)
 
@@ -156,19 +159,19 @@ async def test_a_wrong_shape_names_its_field(stub: KVStoreServiceStub, shape: pb
     "codec",
     ["", "{}", "[", "null", '{"keys": {"name": "zip"}, "values": {"name": "raw"}}', "[" * 100_000, "{" + " " * 70_000],
 )
-async def test_a_wrong_codec_is_refused(stub: KVStoreServiceStub, codec: str) -> None:
+async def test_a_wrong_codec_is_refused(stub: Any, codec: str) -> None:
     request = pb.CreateSessionRequest(name="t", shape=shape_to(SHAPE), codec_json=codec)
     code, facts = await refused(stub.CreateSession(request))
     assert code == "INVALID_ARGUMENT"
     assert facts["field"].startswith("codec_json")
 
 
-async def test_another_shape_or_codec_under_the_same_name_is_refused(stub: KVStoreServiceStub) -> None:
+async def test_another_shape_or_codec_under_the_same_name_is_refused(stub: Any) -> None:
     request = pb.CreateSessionRequest(name="s", shape=shape_to(SHAPE), codec_json=RAW.model_dump_json())
     assert (await refused(stub.CreateSession(request)))[0] == "ALREADY_EXISTS"
 
 
-BAD_HEADERS: list[tuple[dict[str, object], str, str]] = [
+BAD_HEADERS: list[tuple[dict[str, Any], str, str]] = [
     ({"tokens": 0}, "INVALID_ARGUMENT", "header.tokens"),
     ({"tokens": 2**31}, "INVALID_ARGUMENT", "header.tokens"),
     ({"bytes": 2**60}, "INVALID_ARGUMENT", "header.bytes"),
@@ -184,16 +187,14 @@ BAD_HEADERS: list[tuple[dict[str, object], str, str]] = [
 
 
 @pytest.mark.parametrize(("changes", "code", "field"), BAD_HEADERS)
-async def test_a_header_that_cannot_be_is_refused(
-    stub: KVStoreServiceStub, changes: dict[str, object], code: str, field: str
-) -> None:
+async def test_a_header_that_cannot_be_is_refused(stub: Any, changes: dict[str, Any], code: str, field: str) -> None:
     found, facts = await refused(stub.Append(append(header(**changes))))
     assert (found, facts.get("field", "")) == (code, field)
     assert await length(stub) == TOKENS
 
 
 ROW = TOKENS * TOKEN_BYTES
-BAD_FRAMES: list[tuple[dict[str, object], str]] = [
+BAD_FRAMES: list[tuple[dict[str, Any], str]] = [
     ({"layer": 2}, "frame.layer"),
     ({"kind": 0}, "frame.kind"),
     ({"kind": 7}, "frame.kind"),
@@ -214,15 +215,13 @@ BAD_FRAMES: list[tuple[dict[str, object], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "field"), BAD_FRAMES)
-async def test_a_frame_that_does_not_fit_is_refused(
-    stub: KVStoreServiceStub, changes: dict[str, object], field: str
-) -> None:
+async def test_a_frame_that_does_not_fit_is_refused(stub: Any, changes: dict[str, Any], field: str) -> None:
     code, facts = await refused(stub.Append(append(header(start=TOKENS), frames(**changes))))
     assert (code, facts["field"]) == ("INVALID_ARGUMENT", field)
     assert await length(stub) == TOKENS
 
 
-async def test_a_scale_beyond_fp16_is_refused(stub: KVStoreServiceStub) -> None:
+async def test_a_scale_beyond_fp16_is_refused(stub: Any) -> None:
     huge = torch.full((TOKENS * 64,), 3e7).mul_(torch.randn(TOKENS * 64)).numpy().tobytes()
     code, facts = await refused(stub.Append(append(header(start=TOKENS), frames(data=huge))))
     assert (code, facts["field"]) == ("INVALID_ARGUMENT", "frame.data")
@@ -240,15 +239,13 @@ async def test_a_scale_beyond_fp16_is_refused(stub: KVStoreServiceStub) -> None:
         ([*append(header(start=TOKENS)), pb.AppendRequest(header=header())], "frame"),
     ],
 )
-async def test_a_stream_that_lies_or_is_cut_is_refused(
-    stub: KVStoreServiceStub, requests: list[pb.AppendRequest], field: str
-) -> None:
+async def test_a_stream_that_lies_or_is_cut_is_refused(stub: Any, requests: list[pb.AppendRequest], field: str) -> None:
     code, facts = await refused(stub.Append(requests))
     assert (code, facts["field"]) == ("INVALID_ARGUMENT", field)
     assert await length(stub) == TOKENS
 
 
-async def test_other_bytes_at_a_taken_position_are_refused(stub: KVStoreServiceStub) -> None:
+async def test_other_bytes_at_a_taken_position_are_refused(stub: Any) -> None:
     code, facts = await refused(stub.Append(append(body=frames(value=2.0))))
     assert code == "ALREADY_EXISTS"
     assert facts["length"] == str(TOKENS)
@@ -257,8 +254,7 @@ async def test_other_bytes_at_a_taken_position_are_refused(stub: KVStoreServiceS
     assert again.length == TOKENS
 
 
-Make = Callable[[dict[str, object]], tuple[str, object]]
-BAD_QUERIES: list[tuple[dict[str, object], str, str]] = [
+BAD_QUERIES: list[tuple[dict[str, Any], str, str]] = [
     ({"layer": 2}, "INVALID_ARGUMENT", "layer"),
     ({"q": tensor(1, 5, 32)}, "INVALID_ARGUMENT", "head_offset"),
     ({"head_offset": 1}, "INVALID_ARGUMENT", "head_offset"),
@@ -277,10 +273,8 @@ BAD_QUERIES: list[tuple[dict[str, object], str, str]] = [
 
 
 @pytest.mark.parametrize(("changes", "code", "field"), BAD_QUERIES)
-async def test_a_query_that_does_not_fit_is_refused(
-    stub: KVStoreServiceStub, changes: dict[str, object], code: str, field: str
-) -> None:
-    facts: dict[str, object] = {"session": "s", "q": tensor(1, 4, 32), "end": TOKENS, **changes}
+async def test_a_query_that_does_not_fit_is_refused(stub: Any, changes: dict[str, Any], code: str, field: str) -> None:
+    facts: dict[str, Any] = {"session": "s", "q": tensor(1, 4, 32), "end": TOKENS, **changes}
     found, said = await refused(stub.TopK(pb.TopKRequest(k=2, **facts)))
     assert (found, said.get("field", "")) == (code, field)
     facts["token_end"] = facts.pop("end")
@@ -289,13 +283,13 @@ async def test_a_query_that_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize("k", [0, 2**31])
-async def test_a_k_outside_its_limit_is_refused(stub: KVStoreServiceStub, k: int) -> None:
+async def test_a_k_outside_its_limit_is_refused(stub: Any, k: int) -> None:
     code, facts = await refused(stub.TopK(pb.TopKRequest(session="s", q=tensor(1, 4, 32), end=TOKENS, k=k)))
     assert (code, facts["field"]) == ("INVALID_ARGUMENT", "k")
     assert "limit" in facts
 
 
-async def test_a_message_over_the_limit_is_refused(stub: KVStoreServiceStub) -> None:
+async def test_a_message_over_the_limit_is_refused(stub: Any) -> None:
     request = pb.CreateSessionRequest(name="t", codec_json="x" * (17 << 20))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.CreateSession(request)
@@ -303,5 +297,5 @@ async def test_a_message_over_the_limit_is_refused(stub: KVStoreServiceStub) -> 
     assert await length(stub) == TOKENS
 
 
-async def length(stub: KVStoreServiceStub) -> int:
+async def length(stub: Any) -> int:
     return (await stub.GetSession(pb.GetSessionRequest(name="s"))).session.length
