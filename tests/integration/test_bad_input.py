@@ -70,7 +70,7 @@ def tensor(*shape: int, value: float = 0.5) -> pb.Tensor:
 
 def details(error: grpc.aio.AioRpcError) -> tuple[str, dict[str, str]]:
     """(code, facts) of an error; every error of ours has an ErrorInfo."""
-    trailers = dict(error.trailing_metadata() or ())
+    trailers: dict[str, Any] = dict(error.trailing_metadata() or ())
     status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
     info = error_details_pb2.ErrorInfo()
     assert status.details[0].Unpack(info)
