@@ -12,7 +12,7 @@ class MemoryStore:
         self.objects = {} if objects is None else objects
         self.calls: list[str] = []
 
-    def put_if_absent(self, key: str, parts: Sequence[Buffer]) -> bool:
+    def put_if_absent(self, key: str, parts: Sequence[Buffer], *, urgent: bool = False) -> bool:
         self.calls.append("put_if_absent")
         if key in self.objects:
             return False

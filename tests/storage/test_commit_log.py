@@ -306,8 +306,8 @@ class LosesAnswers(MemoryStore):
 
     fault = ""
 
-    def put_if_absent(self, key: str, parts: Sequence[Buffer]) -> bool:
-        created = super().put_if_absent(key, parts)
+    def put_if_absent(self, key: str, parts: Sequence[Buffer], *, urgent: bool = False) -> bool:
+        created = super().put_if_absent(key, parts, urgent=urgent)
         if self.fault == "unavailable":
             self.fault = ""
             raise Unavailable("IO_ERROR", "no answer")
@@ -338,12 +338,12 @@ def test_a_writer_that_always_loses_the_next_record_gives_up(monkeypatch: pytest
     class Contended(MemoryStore):
         tries = 0
 
-        def put_if_absent(self, key: str, parts: Sequence[Buffer]) -> bool:
+        def put_if_absent(self, key: str, parts: Sequence[Buffer], *, urgent: bool = False) -> bool:
             if "/meta/" in key and armed:
                 self.tries += 1
                 rival = loaded(commit_log(MemoryStore(self.objects)))
                 commit_log(MemoryStore(self.objects)).update(rival, ttl_seconds=1.0, pinned=False)
-            return super().put_if_absent(key, parts)
+            return super().put_if_absent(key, parts, urgent=urgent)
 
     armed = False
     store = Contended()
@@ -359,6 +359,31 @@ def test_a_segment_of_another_state_is_our_bug(log: CommitLog) -> None:
     state = created(log)
     with pytest.raises(ValueError, match="next of this state"):
         log.commit(state, next_segment(log, created(log, "b"), 2))
+
+
+def test_a_segment_made_for_a_position_that_was_taken_meanwhile_is_not_put_elsewhere(
+    log: CommitLog, store: MemoryStore
+) -> None:
+    state = created(log)
+    append(log, loaded(commit_log(store)), 3)
+    log.discover(state)
+    segment = next_segment(log, state, 2, start=0)
+    with pytest.raises(AlreadyExists):
+        log.commit(state, segment)
+    assert loaded(log).length == 3
+
+
+def test_calls_on_one_state_from_many_threads_wait_for_each_other(log: CommitLog, store: MemoryStore) -> None:
+    state = created(log)
+    writer = loaded(commit_log(store))
+    for seed in range(40):
+        append(log, writer, seed=seed)
+    threads = [threading.Thread(target=log.discover, args=(state,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert state.entries == writer.entries
 
 
 # ---- damage

@@ -38,7 +38,7 @@ def end_process(reason: str) -> NoReturn:
 
 
 def opened(disk: MemoryDisk) -> LocalStore:
-    return LocalStore(ROOT, files=disk, fatal=end_process)
+    return LocalStore(ROOT, files=disk, fatal=end_process, reserve=False)
 
 
 def facts_on(tree: Tree) -> Facts:

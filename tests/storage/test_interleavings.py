@@ -66,7 +66,7 @@ class Replay:
             return list(answer)
         return answer
 
-    def put_if_absent(self, key: str, parts: Sequence[Buffer]) -> bool:
+    def put_if_absent(self, key: str, parts: Sequence[Buffer], *, urgent: bool = False) -> bool:
         return self._call("put_if_absent", key, parts)
 
     def get(self, key: str) -> bytes:
@@ -290,7 +290,7 @@ def test_without_the_check_after_the_put_a_lost_append_is_found(
 
 
 def test_a_store_that_overwrites_is_found(one_append: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
-    def overwrite(store: MemoryStore, key: str, parts: Sequence[Buffer]) -> bool:
+    def overwrite(store: MemoryStore, key: str, parts: Sequence[Buffer], *, urgent: bool = False) -> bool:
         store.objects[key] = b"".join(parts)
         return True
 

@@ -3,9 +3,7 @@
 import errno
 import os
 import threading
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
@@ -13,70 +11,9 @@ from kvstore_server.errors import InvalidArgument, ResourceExhausted, Unavailabl
 from kvstore_server.storage import filesystem
 from kvstore_server.storage.filesystem import OsFileSystem
 from kvstore_server.storage.local import TEMP_SECONDS_MAX, LocalStore
-from kvstore_server.storage.store import Buffer
 
 from .memory_disk import MemoryDisk
-
-
-class ProcessEnded(BaseException):
-    """Stands for the end of the process."""
-
-
-def end_process(reason: str) -> NoReturn:
-    raise ProcessEnded(reason)
-
-
-class RecordingFiles(OsFileSystem):
-    """Notes every call; those in `failing` raise their errno."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.failing: dict[str, int] = {}
-        self._paths: dict[int, str] = {}
-
-    def _note(self, call: str, *paths: str) -> None:
-        self.calls.append(" ".join([call, *paths]))
-        if call in self.failing:
-            raise OSError(self.failing[call], os.strerror(self.failing[call]))
-
-    def make_folder(self, path: str) -> None:
-        self._note("make_folder", path)
-        super().make_folder(path)
-
-    def create(self, path: str) -> int:
-        self._note("create", path)
-        return super().create(path)
-
-    def write(self, handle: int, parts: Sequence[Buffer]) -> None:
-        super().write(handle, [b"".join(parts)[:3]] if "write" in self.failing else parts)
-        self._note("write")
-
-    def sync(self, handle: int) -> None:
-        self._note("sync")
-        super().sync(handle)
-
-    def close(self, handle: int) -> None:
-        super().close(handle)
-        self._note("close")
-
-    def link(self, source: str, target: str) -> None:
-        self._note("link", target)
-        super().link(source, target)
-
-    def unlink(self, path: str) -> None:
-        self._note("unlink", path)
-        super().unlink(path)
-
-    def sync_folder(self, path: str) -> None:
-        self._note("sync_folder", path)
-        super().sync_folder(path)
-
-    def read(self, path: str, start: int = 0, end: int | None = None) -> memoryview:
-        self._note("read", path)
-        return super().read(path, start, end)
-
-    def synced_folders(self) -> list[str]:
-        return [call.removeprefix("sync_folder ") for call in self.calls if call.startswith("sync_folder ")]
+from .recording_files import ProcessEnded, RecordingFiles, end_process
 
 
 @pytest.fixture
@@ -285,7 +222,7 @@ def test_writes_are_whole_however_little_the_system_takes_at_once(
 ) -> None:
     writev = os.writev
     monkeypatch.setattr(filesystem.os, "writev", lambda handle, parts: writev(handle, [parts[0][:3]]))
-    store = LocalStore(tmp_path)
+    store = LocalStore(tmp_path, reserve=False)
     parts = [b"", b"abcd", b"", b"ef", b"ghijklm"]
     store.put_if_absent("t/x", parts)
     assert bytes(store.get("t/x")) == b"abcdefghijklm"
