@@ -163,8 +163,6 @@ class Device(Section):
 
     name: Annotated[str, Field(pattern=r"^(auto|cpu|cuda:\d{1,2})$")] = "auto"
     """`cpu`, `cuda:N`, or `auto`: the first CUDA device, else the CPU."""
-    memory_bytes_max: Annotated[int, Field(ge=64 << 20)] | None = None
-    """What sessions, bases and staging may take on a CUDA device; null is 80 % of what is free at the start."""
 
 
 class Memory(Section):

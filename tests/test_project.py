@@ -1,11 +1,15 @@
 """What keeps the repository in shape: generated code, imports, sizes and names."""
 
 import filecmp
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from kvstore_server.config import Section, Settings
+from kvstore_server.limits import Limits
 
 from .project_rules import (
     FUNCTION_LINES_MAX,
@@ -93,3 +97,13 @@ def test_no_module_is_a_drawer_of_everything() -> None:
     tests = {path.stem for path in (ROOT / "tests").rglob("*.py")}
     names = {part for module in own_modules() for part in module.split(".")}
     assert (names | tests) & VAGUE_NAMES == set()
+
+
+def test_every_limit_and_setting_is_read_somewhere() -> None:
+    definitions = {"kvstore_server.limits", "kvstore_server.config"}
+    readers = "\n".join(source for name, source in own_modules().items() if name not in definitions)
+    sections = [field.annotation for field in Settings.model_fields.values()]
+    models = [Limits, *(m for m in sections if isinstance(m, type) and issubclass(m, Section))]
+    names = {name for model in models for name in model.model_fields} | (set(Settings.model_fields) - {"limits"})
+    in_config = {"password", "password_file", "insecure"}  # read by the settings themselves
+    assert {name for name in names if not re.search(rf"\.{name}\b", readers)} - in_config == set()
