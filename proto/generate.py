@@ -12,7 +12,7 @@ PROTO = "kvstore_proto/v1/kvstore.proto"
 
 
 def generate(out: Path) -> None:
-    """Writes kvstore_pb2.py, kvstore_pb2_grpc.py and their typed stubs below `out`; raises RuntimeError if protoc fails."""
+    """Writes the modules and their typed stubs below `out`; raises RuntimeError if protoc fails."""
     includes = [str(ROOT), sysconfig.get_path("purelib"), str(files("grpc_tools") / "_proto")]
     outputs = [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
     plugins = [f"--plugin={p.name}={p}" for p in Path(sys.executable).parent.glob("protoc-gen-mypy*")]
