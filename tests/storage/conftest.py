@@ -1,4 +1,4 @@
-"""Parsing is pure: tests that open thousands of small stores parse equal bytes once."""
+"""Stores in memory, and parsing that is remembered for tests that open thousands of them."""
 
 from collections.abc import Callable, Hashable
 from functools import cache
@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 
 from kvstore_server.storage import commit_log, log_reader, meta_log
+from kvstore_server.storage.commit_log import CommitLog
+
+from . import inputs
+from .memory_store import MemoryStore
 
 
 def _by_content(parse: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,3 +35,13 @@ def parse_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meta_log, "read_record", _by_content(meta_log.read_record))
     monkeypatch.setattr(log_reader, "read_header", _by_content(log_reader.read_header))
     monkeypatch.setattr(commit_log, "inspect_segment", _by_content(commit_log.inspect_segment))
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+@pytest.fixture
+def log(store: MemoryStore) -> CommitLog:
+    return inputs.commit_log(store)

@@ -82,6 +82,28 @@ def append(log: CommitLog, state: SessionState, tokens: int = 1, seed: int = 0) 
     return log.commit(state, next_segment(log, state, tokens, seed=seed))
 
 
+def created(log: CommitLog, name: str = "a", spec: CodecSpec = SPEC) -> SessionState:
+    return log.create(name, SHAPE, spec)[0]
+
+
+def loaded(log: CommitLog, name: str = "a") -> SessionState:
+    state = log.load(name)
+    assert state
+    log.appends(state)
+    return state
+
+
+def three_appends(log: CommitLog) -> SessionState:
+    state = created(log)
+    for seed in range(3):
+        append(log, state, 2, seed=seed)
+    return state
+
+
+def log_key(start: int, name: str = "a", generation: int = 0) -> str:
+    return f"default/{name}/{generation:012d}/log/{start:012d}.safetensors"
+
+
 def object_bytes(parts: list[Buffer]) -> bytes:
     return b"".join(parts)
 

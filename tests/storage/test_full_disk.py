@@ -67,8 +67,8 @@ def test_a_full_disk_refuses_appends_and_nothing_else(tmp_path: Path) -> None:
     assert reopened.delete("a")
 
     disk.bytes_max += 100_000
-    state, _ = reopened.create("a", SHAPE, SPEC)
-    append(reopened, found, 30)
+    again, _ = reopened.create("a", SHAPE, SPEC)
+    append(reopened, again, 30)
 
 
 def test_a_reserve_that_is_used_up_says_so_and_is_refilled_at_the_next_start(tmp_path: Path) -> None:
