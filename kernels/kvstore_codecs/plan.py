@@ -38,9 +38,8 @@ class Fit:
         shapes differ, no token is given, or a mean is not finite.
         """
         if keys.shape != values.shape or keys.dim() != 4 or keys.shape[1] == 0:
-            raise ValueError(
-                f"a fit needs keys and values [layers, N > 0, H, D], not {[*keys.shape]}, {[*values.shape]}"
-            )
+            shapes = f"{[*keys.shape]} and {[*values.shape]}"
+            raise ValueError(f"a fit needs keys and values [layers, N > 0, H, D], not {shapes}")
         used = min(keys.shape[1], FIT_TOKENS_MAX)
         means = [torch.stack([_mean(layer[:used]) for layer in rows]) for rows in (keys, values)]
         if not all(mean.isfinite().all() for mean in means):

@@ -79,7 +79,7 @@ def _unfitted(codec: Qjl | Rotated | Affine, d: int, heads: int, layer: int, kin
         plan = rotated_plan(codec, d, heads, seed)
     else:
         plan = affine_plan(codec, d, heads)
-    return plan, digest_of(f"{layer} {kind} {plan.layout} {_norm_factor(plan)}", _basis_tensors(plan))
+    return plan, digest_of(f"{layer} {kind} {plan.layout.word_groups} {_norm_factor(plan)}", _basis_tensors(plan))
 
 
 def _basis_tensors(plan: SignPlan) -> Iterator[Tensor]:

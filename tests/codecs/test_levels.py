@@ -82,10 +82,10 @@ def test_a_rotated_prefix_is_the_index_without_its_last_bits(backend: Backend):
     x = torch.randn(100, 1, d, generator=seeded(4))
     bits = oracle.unpack(backend.encode(x, plan.encoder).words).view(100, planes, d)
     z = oracle.project(x[:, 0], plan.encoder.heads[0])
-    index = sum(bits[:, p] << (planes - 1 - p) for p in range(planes))
-    assert isinstance(index, torch.Tensor)
+    places = 2 ** torch.arange(planes - 1, -1, -1)
+    index = (bits * places[:, None]).sum(dim=1)
     for read in range(1, planes + 1):
-        coarse = sum(bits[:, p] << (read - 1 - p) for p in range(read))
+        coarse = (bits[:, :read] * places[planes - read :, None]).sum(dim=1)
         assert torch.equal(coarse, index >> (planes - read))
     order = z.argsort(dim=1)
     assert (index.gather(1, order).diff(dim=1) >= 0).all()

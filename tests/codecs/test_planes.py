@@ -56,6 +56,19 @@ def test_a_level_of_all_planes_keeps_the_encoders_weights():
         assert level_weights(planes, planes, 128) == pytest.approx(plane_code(planes, planes).weights, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("stored", "read", "d", "golden"),
+    [
+        (3, 2, 128, (1.20164, 0.627565)),
+        (4, 1, 64, (1.236721,)),
+        (6, 3, 256, (1.670289, 0.838338, 0.417711)),
+    ],
+)
+def test_level_weights_are_golden(stored: int, read: int, d: int, golden: tuple[float, ...]):
+    """Answers at a level must not change with the machine or the release."""
+    assert level_weights(stored, read, d) == golden
+
+
 def test_mean_magnitude_is_the_gamma_quotient():
     for d in (1, 2, 3, 8, 64, 127, 256):
         exact = math.exp(math.lgamma(d / 2) - math.lgamma((d + 1) / 2)) / math.sqrt(math.pi)
