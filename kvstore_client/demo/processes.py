@@ -1,8 +1,10 @@
 """Worker processes that report over pipes, with a bound on every wait."""
 
 import multiprocessing
+import signal
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from time import monotonic
@@ -16,6 +18,10 @@ END_SECONDS = 5.0
 
 class WorkerFailed(Exception):
     """A worker raised, died or took too long."""
+
+
+class _Dismissed(Exception):
+    """The parent wants nothing more."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,10 @@ def await_go(pipe: "Connection[Any, Any]", seconds: float) -> None:
     """Blocks a worker until it is told to go on."""
     if not pipe.poll(seconds):
         raise TimeoutError(f"not told to go on within {seconds:g} s")
-    pipe.recv()
+    try:
+        pipe.recv()
+    except EOFError as error:
+        raise _Dismissed from error
 
 
 def _received(worker: WorkerProcess) -> object:
@@ -81,7 +90,12 @@ def _received(worker: WorkerProcess) -> object:
 
 
 def _main(target: Callable[..., None], pipe: "Connection[Any, Any]", arguments: tuple[Any, ...]) -> None:
-    try:
-        target(pipe, *arguments)
-    except Exception:
-        pipe.send(_Failure(traceback.format_exc()))
+    # An interrupt in the terminal reaches all processes; the parent ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with suppress(BrokenPipeError):
+        try:
+            target(pipe, *arguments)
+        except _Dismissed:
+            pass
+        except Exception:
+            pipe.send(_Failure(traceback.format_exc()))

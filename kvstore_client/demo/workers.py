@@ -11,7 +11,9 @@ from kvstore_client.demo.processes import await_go
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+    from kvstore_client import KVStoreClient, SyncSession
 
     Pipe = Connection[Any, Any]
 
@@ -27,36 +29,16 @@ def prefill_and_compare(pipe: "Pipe", plan: Plan) -> None:
 
     from kvstore_client import KVStoreClient
     from kvstore_client.demo.compare import agreement, prefill, through_store
-    from kvstore_client.demo.setting import LOSSY
-    from kvstore_client.integrations.model_shape import shape_of
-    from kvstore_client.integrations.transformers import ATTENTION, append_prefix
-    from kvstore_codecs.spec import RAW
+    from kvstore_client.integrations.transformers import ATTENTION
 
     ids = tokenizer(USER + plan.text, return_tensors="pt").input_ids[:, : plan.tokens]
     if ids.shape[1] < plan.tokens:
         raise ValueError(f"the text has {ids.shape[1]} tokens; {plan.tokens} are needed")
     begun = perf_counter()
     cache, exact = prefill(model, ids, plan.compared, _progress(pipe, "prefill", plan.tokens))
-    prefilled = perf_counter()
+    prefill_seconds = perf_counter() - begun
     with KVStoreClient(plan.target) as client:
-        shape = shape_of(model)
-        lossy = client.create_session(plan.lossy_session, shape, LOSSY)
-        raw = client.create_session(plan.raw_session, shape, RAW)
-        appending = _progress(pipe, "append", 2)
-        append_prefix(lossy, cache)
-        appended = perf_counter()
-        appending(1)
-        append_prefix(raw, cache)
-        appending(2)
-        pipe.send(
-            Prefilled(
-                tokens=lossy.length,
-                fp16_bytes=2 * lossy.length * 2 * shape.layers * shape.kv_heads * shape.head_dim,
-                stored_bytes=lossy.info().stored_bytes,
-                prefill_seconds=prefilled - begun,
-                append_seconds=appended - prefilled,
-            )
-        )
+        lossy, raw = _share(pipe, plan, client, model, cache, prefill_seconds)
         await_go(pipe, GO_SECONDS)
         # From here on most of the work is the server's, which has threads of its own.
         torch.set_num_threads(1)
@@ -67,13 +49,50 @@ def prefill_and_compare(pipe: "Pipe", plan: Plan) -> None:
         pipe.send(Compared(raw=agreement(exact, exactly), lossy=agreement(exact, lossily)))
 
 
+def _share(
+    pipe: "Pipe",
+    plan: Plan,
+    client: "KVStoreClient",
+    model: "PreTrainedModel",
+    cache: "Cache",
+    prefill_seconds: float,
+) -> "tuple[SyncSession, SyncSession]":
+    """Appends the cache to a lossy and to a raw session, and reports the lossy one."""
+    from kvstore_client.demo.setting import LOSSY
+    from kvstore_client.integrations.model_shape import shape_of
+    from kvstore_client.integrations.transformers import append_prefix
+    from kvstore_codecs.spec import RAW
+
+    shape, appending = shape_of(model), _progress(pipe, "append", 2)
+    lossy, raw = (
+        client.create_session(plan.lossy_session, shape, LOSSY),
+        client.create_session(plan.raw_session, shape, RAW),
+    )
+    begun = perf_counter()
+    append_prefix(lossy, cache)
+    append_seconds = perf_counter() - begun
+    appending(1)
+    append_prefix(raw, cache)
+    appending(2)
+    shared = Prefilled(
+        tokens=lossy.length,
+        fp16_bytes=2 * lossy.length * 2 * shape.layers * shape.kv_heads * shape.head_dim,
+        stored_bytes=lossy.info().stored_bytes,
+        prefill_seconds=prefill_seconds,
+        append_seconds=append_seconds,
+    )
+    pipe.send(shared)
+    return lossy, raw
+
+
 def answer(pipe: "Pipe", plan: Plan, question: str, tokens: int, more_tokens: int) -> None:
     """Opens the shared session by name and decodes an answer; when told, `more_tokens` of the same answer."""
     model, tokenizer = _load(pipe, threads=1)
     from kvstore_client import KVStoreClient
     from kvstore_client.demo.decoder import Decoder
+    from kvstore_client.integrations.transformers import ATTENTION
 
-    model.set_attn_implementation("kvstore")
+    model.set_attn_implementation(ATTENTION)
     with KVStoreClient(plan.target) as client:
         session = client.open_session(plan.lossy_session)
         decoder = Decoder(model, tokenizer, session, f"\n\n{question}{ASSISTANT}")
