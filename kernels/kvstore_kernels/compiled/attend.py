@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvstore_kernels.compiled.jit import kernel, reassociating
-from kvstore_kernels.compiled.rows import DenseBlocks, Floats, SignBlocks
-from kvstore_kernels.compiled.score import BLOCK_TOKENS, DENSE_TOKENS, KeyReader, key_reader, padded, soft_cap
+from kvstore_kernels.compiled.rows import Floats, dense_array, scale_lines, sign_arrays, widen, word_lines
+from kvstore_kernels.compiled.score import BLOCK_TOKENS, NARROW_TOKENS, KeyReader, key_reader, padded, soft_cap
 from kvstore_kernels.compiled.threads import run
 from kvstore_kernels.shapes import check_pair, heads_of, query_group
 from kvstore_kernels.types import DenseRows, Rows, SignRows
@@ -24,6 +24,9 @@ ROWS_AT_ONCE = 32
 
 WAVE_BLOCKS = 64
 """Blocks whose partial sums are kept before they are merged."""
+
+SUM_TOKENS = 256
+"""Tokens whose weighted sum is in float32."""
 
 BIT = np.left_shift(np.uint32(1), np.arange(32, dtype=np.uint32)).view(np.int32)
 
@@ -119,38 +122,37 @@ def value_reader(values: Rows) -> ValueReader:
 
 
 class _SignValues:
-    """Sums of a head: one a sign row, then one a group's offset."""
+    """Sums of a head: one a group's offset, then one a sign row."""
 
     def __init__(self, values: SignRows) -> None:
-        self._expansion, self._blocks = values.expansion, SignBlocks(values)
-        layout = values.expansion.layout
-        self._groups = [np.array(groups, np.int64) for groups in layout.word_groups]
-        self.width = max(len(matrix) for matrix in values.expansion.matrix) + layout.groups
+        self._expansion, self._values = values.expansion, sign_arrays(values)
+        self.width = values.expansion.layout.groups + max(len(matrix) for matrix in values.expansion.matrix)
 
     def add(self, tokens: slice, weights: Floats, sums: NDArray[np.float64]) -> None:
-        for head, groups in enumerate(self._groups):
-            words, (alphas, betas) = self._blocks.words(tokens, head), self._blocks.scales(tokens, head)
-            _sign_sums(words, groups, weights[head], alphas, BIT, sums[head])
-            _offset_sums(weights[head], betas, sums[head, :, 32 * words.shape[1] :])
+        values = self._values
+        _sign_sums(
+            values.words[tokens], values.scales[tokens], values.columns, values.ends, values.scale_starts,
+            values.rows, weights, BIT, sums,
+        )  # fmt: skip
 
     def combine(self, head: int, sums: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:
-        matrix = self._expansion.matrix[head].numpy()
+        groups, matrix = self._expansion.layout.groups, self._expansion.matrix[head].numpy()
         out = total[:, None] * self._expansion.mean[head].numpy().astype(np.float64)
-        out += sums[:, : len(matrix)] @ matrix.astype(np.float64)
+        out += sums[:, groups : groups + len(matrix)] @ matrix.astype(np.float64)
         if self._expansion.offset_basis is not None:
-            basis = self._expansion.offset_basis.numpy().astype(np.float64)
-            out += sums[:, len(matrix) : len(matrix) + len(basis)] @ basis
+            out += sums[:, :groups] @ self._expansion.offset_basis.numpy().astype(np.float64)
         return out
 
 
 class _DenseValues:
     def __init__(self, values: DenseRows) -> None:
-        self._blocks, self.width = DenseBlocks(values.data), values.data.shape[2]
+        self._values, self.width = dense_array(values.data), values.data.shape[2]
 
     def add(self, tokens: slice, weights: Floats, sums: NDArray[np.float64]) -> None:
-        for start in range(0, weights.shape[2], DENSE_TOKENS):
-            part = slice(tokens.start + start, min(tokens.start + start + DENSE_TOKENS, tokens.stop))
-            _dense_sums(self._blocks.read(part), weights[:, :, start : start + DENSE_TOKENS], sums)
+        if self._values.narrow:
+            _narrow_sums(self._values.data[tokens], self._values.bfloat16, weights, sums)
+        else:
+            _dense_sums(self._values.data[tokens], weights, sums)
 
     def combine(self, head: int, sums: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:
         return sums
@@ -167,36 +169,49 @@ def _row_sums(weights, sums):
 
 
 @kernel
-def _sign_sums(words, groups, weights, alphas, bit, sums):
-    """sums[r, 32 w + j] += sum_n weights[r, n] alphas[g(w), n] t_nwj, in float32 over 256 tokens, then in float64."""
-    count = words.shape[0]
-    whole = (count + 1) // 2 * 2
-    lines = np.zeros((words.shape[1], whole), np.int32)
-    for token in range(count):
-        for word in range(words.shape[1]):
-            lines[word, token] = words[token, word]
-    scaled = np.zeros((alphas.shape[0], whole, 4), np.float32)
-    totals = np.zeros((alphas.shape[0], 4))
-    zeros = np.empty((4, 32), np.float32)
-    for quad in range(weights.shape[0] // 4):
-        totals[:] = 0
-        for group in range(alphas.shape[0]):
-            for token in range(count):
-                for row in range(4):
-                    scaled[group, token, row] = weights[4 * quad + row, token] * alphas[group, token]
-                    totals[group, row] += scaled[group, token, row]
-        for word in range(words.shape[1]):
-            group = groups[word]
-            for start in range(0, whole, 256):
-                zeros[:] = 0
-                stop = min(start + 256, whole)
-                _add_zeros(lines[word, start:stop], scaled[group, start:stop], bit, zeros)
-                for row in range(4):
-                    for j in range(32):
-                        sums[4 * quad + row, 32 * word + j] -= 2 * np.float64(zeros[row, j])
-            for row in range(4):
-                for j in range(32):
-                    sums[4 * quad + row, 32 * word + j] += totals[group, row]
+def _sign_sums(words, scales, columns, ends, scale_starts, rows, weights, bit, sums):
+    """sums[h, r, G + i] += sum_n weights[h, r, n] alpha_ng t_ni, and sums[h, r, g] += sum_n weights[h, r, n] beta_ng.
+
+    In float32 over SUM_TOKENS tokens, then in float64.
+    """
+    count, groups = words.shape[0], ends.shape[1]
+    scaled = np.zeros(((count + 1) // 2 * 2, 4), np.float32)
+    totals, zeros = np.empty(4), np.empty((4, 32), np.float32)
+    start = 0
+    for head in range(ends.shape[0]):
+        lines = word_lines(words, columns[start : ends[head, -1]])
+        factors = scale_lines(scales, scale_starts[head], scale_starts[head + 1])
+        first = start
+        for group in range(min(groups, factors.shape[0])):
+            for quad in range(weights.shape[1] // 4):
+                own = sums[head, 4 * quad : 4 * quad + 4]
+                _scale(weights[head, 4 * quad : 4 * quad + 4], factors[group], scaled, totals)
+                for word in range(first, ends[head, group]):
+                    place = groups + rows[word]
+                    for token in range(0, count, SUM_TOKENS):
+                        part = slice(token, token + SUM_TOKENS)
+                        zeros[:] = 0
+                        _add_zeros(lines[word - start, part], scaled[part], bit, zeros)
+                        for row in range(4):
+                            for j in range(32):
+                                own[row, place + j] -= 2 * np.float64(zeros[row, j])
+                    for row in range(4):
+                        own[row, place : place + 32] += totals[row]
+            first = ends[head, group]
+        for group in range(groups, factors.shape[0]):
+            for row in range(weights.shape[1]):
+                sums[head, row, group - groups] += _dot(weights[head, row], factors[group])
+        start = ends[head, -1]
+
+
+@kernel
+def _scale(weights, alpha, scaled, totals):
+    """scaled[n, r] = weights[r, n] alpha[n] and its sums over n."""
+    totals[:] = 0
+    for token in range(alpha.shape[0]):
+        for row in range(4):
+            scaled[token, row] = weights[row, token] * alpha[token]
+            totals[row] += scaled[token, row]
 
 
 @kernel
@@ -221,41 +236,44 @@ def _add_zeros(line, weights, bit, zeros):
             zeros[0, j], zeros[1, j], zeros[2, j], zeros[3, j] = sum0, sum1, sum2, sum3
 
 
+@reassociating
+def _dot(weights, beta):
+    total = 0.0
+    for token in range(beta.shape[0]):
+        total += np.float64(weights[token]) * beta[token]
+    return total
+
+
 @kernel
-def _offset_sums(weights, betas, sums):
-    for row in range(weights.shape[0]):
-        for group in range(betas.shape[0]):
-            total = 0.0
-            for token in range(weights.shape[1]):
-                total += np.float64(weights[row, token] * betas[group, token])
-            sums[row, group] += total
+def _narrow_sums(data, bfloat16, weights, sums):
+    for start in range(0, data.shape[0], NARROW_TOKENS):
+        part = slice(start, start + NARROW_TOKENS)
+        _dense_sums(widen(data[part], bfloat16), weights[:, :, part], sums)
 
 
 @reassociating
 def _dense_sums(rows, weights, sums):
-    """sums[h, r] += sum_n weights[h, r, n] rows[n, h], in float32 over these tokens, then in float64."""
-    count = rows.shape[0]
-    parts = np.zeros((weights.shape[0], weights.shape[1], rows.shape[2]), np.float32)
-    for token in range(0, count - 3, 4):
-        for head in range(rows.shape[1]):
-            row0, row1, row2, row3 = (
-                rows[token, head],
-                rows[token + 1, head],
-                rows[token + 2, head],
-                rows[token + 3, head],
-            )
-            for row in range(weights.shape[1]):
-                w0, w1 = weights[head, row, token], weights[head, row, token + 1]
-                w2, w3 = weights[head, row, token + 2], weights[head, row, token + 3]
-                part = parts[head, row]
-                for channel in range(part.shape[0]):
-                    part[channel] += w0 * row0[channel] + w1 * row1[channel] + w2 * row2[channel] + w3 * row3[channel]
-    for token in range(count // 4 * 4, count):
-        for head in range(rows.shape[1]):
-            for row in range(weights.shape[1]):
-                for channel in range(rows.shape[2]):
-                    parts[head, row, channel] += weights[head, row, token] * rows[token, head, channel]
-    for head in range(parts.shape[0]):
-        for row in range(parts.shape[1]):
-            for channel in range(parts.shape[2]):
-                sums[head, row, channel] += np.float64(parts[head, row, channel])
+    """sums[h, r] += sum_n weights[h, r, n] rows[n, h], in float32 over SUM_TOKENS tokens, then in float64."""
+    parts = np.empty((weights.shape[0], weights.shape[1], rows.shape[2]), np.float32)
+    for start in range(0, rows.shape[0], SUM_TOKENS):
+        stop = min(start + SUM_TOKENS, rows.shape[0])
+        parts[:] = 0
+        for token in range(start, stop - 3, 4):
+            for head in range(rows.shape[1]):
+                row0, row1 = rows[token, head], rows[token + 1, head]
+                row2, row3 = rows[token + 2, head], rows[token + 3, head]
+                for row in range(weights.shape[1]):
+                    w0, w1 = weights[head, row, token], weights[head, row, token + 1]
+                    w2, w3 = weights[head, row, token + 2], weights[head, row, token + 3]
+                    part = parts[head, row]
+                    for c in range(part.shape[0]):
+                        part[c] += w0 * row0[c] + w1 * row1[c] + w2 * row2[c] + w3 * row3[c]
+        for token in range(stop - (stop - start) % 4, stop):
+            for head in range(rows.shape[1]):
+                for row in range(weights.shape[1]):
+                    for c in range(rows.shape[2]):
+                        parts[head, row, c] += weights[head, row, token] * rows[token, head, c]
+        for head in range(parts.shape[0]):
+            for row in range(parts.shape[1]):
+                for c in range(parts.shape[2]):
+                    sums[head, row, c] += np.float64(parts[head, row, c])

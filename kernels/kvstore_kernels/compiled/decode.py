@@ -2,11 +2,10 @@
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvstore_kernels.compiled.jit import kernel
-from kvstore_kernels.compiled.rows import Floats, SignBlocks
+from kvstore_kernels.compiled.rows import Floats, scale_lines, sign_arrays, word_lines
 from kvstore_kernels.compiled.threads import run
 from kvstore_kernels.shapes import tokens_of
 from kvstore_kernels.types import Rows, SignRows
@@ -19,22 +18,23 @@ def decode(rows: Rows) -> Tensor:
     tokens = tokens_of(rows)
     if not isinstance(rows, SignRows):
         return rows.data.float()
-    expansion, blocks = rows.expansion, SignBlocks(rows)
-    layout = expansion.layout
-    means = expansion.mean.numpy()
-    out = np.empty((tokens, layout.heads, layout.head_dim), np.float32)
+    expansion, stored = rows.expansion, sign_arrays(rows)
+    out = np.tile(expansion.mean.numpy(), (tokens, 1, 1))
     by_matrix = {id(matrix): _nibble_tables(matrix) for matrix in expansion.matrix}
-    tables = [by_matrix[id(matrix)] for matrix in expansion.matrix]
-    groups = [np.array(groups, np.int64) for groups in layout.word_groups]
 
     def task(index: int) -> None:
         block = slice(index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS)
-        for head in range(layout.heads):
-            alphas, betas = blocks.scales(block, head)
-            out[block, head] = means[head]
-            _add_signs(blocks.words(block, head), groups[head], tables[head], alphas, out[block, head])
-            if expansion.offset_basis is not None:
-                out[block, head] += betas.T @ expansion.offset_basis[: len(betas)].numpy()
+        words, scales = stored.words[block], stored.scales[block]
+        first = 0
+        for head, ends in enumerate(stored.ends):
+            tables, columns = by_matrix[id(expansion.matrix[head])], stored.columns[first : ends[-1]]
+            places = stored.rows[first : ends[-1]]
+            start, end = stored.scale_starts[head : head + 2]
+            factors = scale_lines(scales, start, end)
+            _add_signs(word_lines(words, columns), places, ends - first, tables, factors, out[block, head])
+            first = ends[-1]
+            if expansion.offset_basis is not None and end > start:
+                out[block, head] += factors[len(ends) :].T @ expansion.offset_basis.numpy()
 
     run(task, -(-tokens // BLOCK_TOKENS))
     return torch.from_numpy(out)
@@ -47,21 +47,24 @@ def _nibble_tables(matrix: Tensor) -> Floats:
 
 
 @kernel
-def _add_signs(
-    words: NDArray[np.int32], groups: NDArray[np.int64], tables: Floats, alphas: Floats, out: Floats
-) -> None:
-    """out[n] += sum_g alphas[g, n] sum_w tables[w][bits], group by group."""
+def _add_signs(lines, places, ends, tables, factors, out):
+    """out[n] += sum_g factors[g, n] sum_w tables[w][bits], group by group."""
     total = np.empty(out.shape[1], np.float32)
-    for token in range(words.shape[0]):
-        for group in range(alphas.shape[0]):
+    for token in range(out.shape[0]):
+        first = 0
+        for group in range(min(ends.shape[0], factors.shape[0])):
             total[:] = 0
-            for word in range(words.shape[1]):
-                if groups[word] == group:
-                    bits = np.uint32(words[token, word])
-                    for nibble in range(0, 8, 2):
-                        low = tables[8 * word + nibble, (bits >> np.uint32(4 * nibble)) & np.uint32(15)]
-                        high = tables[8 * word + nibble + 1, (bits >> np.uint32(4 * nibble + 4)) & np.uint32(15)]
-                        for channel in range(out.shape[1]):
-                            total[channel] += low[channel] + high[channel]
+            for word in range(first, ends[group]):
+                _add_word(np.uint32(lines[word, token]), tables[places[word] // 4 : places[word] // 4 + 8], total)
             for channel in range(out.shape[1]):
-                out[token, channel] += alphas[group, token] * total[channel]
+                out[token, channel] += factors[group, token] * total[channel]
+            first = ends[group]
+
+
+@kernel
+def _add_word(bits, tables, total):
+    for nibble in range(0, 8, 2):
+        low = tables[nibble, (bits >> np.uint32(4 * nibble)) & np.uint32(15)]
+        high = tables[nibble + 1, (bits >> np.uint32(4 * nibble + 4)) & np.uint32(15)]
+        for channel in range(total.shape[0]):
+            total[channel] += low[channel] + high[channel]

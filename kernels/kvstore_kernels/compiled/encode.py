@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvstore_kernels.compiled.jit import kernel, reassociating
-from kvstore_kernels.compiled.rows import DenseBlocks
+from kvstore_kernels.compiled.rows import dense_array, widen
 from kvstore_kernels.compiled.threads import run
 from kvstore_kernels.reference.encode import check_finite, check_range, check_shape, group_levels, step_widths
 from kvstore_kernels.types import AffineEncoder, Encoder, HeadEncoder, SignEncoder, Signs
@@ -22,17 +22,17 @@ def encode(x: Tensor, encoder: Encoder) -> Signs:
     layout = encoder.layout
     words = np.zeros((len(x), layout.words), np.int32)
     scales = np.zeros((len(x), layout.scales))
-    blocks, means = DenseBlocks(x), encoder.mean.numpy()
+    source, means = dense_array(x), encoder.mean.numpy()
     codes = _codes(encoder) if isinstance(encoder, SignEncoder) else ()
     count = -(-len(x) // BLOCK_TOKENS)
     finite = np.ones(count, np.bool_)
 
     def task(index: int) -> None:
         block = slice(index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS)
-        x_block = blocks.read(block)
-        finite[index] = np.isfinite(x_block).all()
+        vectors = widen(source.data[block], source.bfloat16) if source.narrow else source.data[block]
+        finite[index] = np.isfinite(vectors).all()
         for head, groups in enumerate(layout.word_groups):
-            rows = x_block[:, head]
+            rows = vectors[:, head]
             own_words = words[block, layout.word_starts[head] : layout.word_starts[head + 1]]
             own_scales = scales[block, layout.scale_starts[head] : layout.scale_starts[head + 1]]
             if groups and isinstance(encoder, AffineEncoder):

@@ -1,5 +1,7 @@
 """Stored rows as the arrays that kernels read."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -9,62 +11,92 @@ from kvstore_kernels.compiled.jit import kernel
 from kvstore_kernels.types import SignRows
 
 Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
 
 
-class DenseBlocks:
-    """Any float dtype [N, H, D], read as float32."""
+@dataclass(frozen=True)
+class DenseArray:
+    """[N, H, D] as float32, or as the int16 patterns of a narrower dtype, to be widened block by block."""
 
-    def __init__(self, data: Tensor) -> None:
-        self._widen = {torch.bfloat16: _widen_bfloat16, torch.float16: _widen_float16}.get(data.dtype)
-        data = data.detach()
-        self._data = data.float().numpy() if self._widen is None else data.view(torch.int16).numpy()
+    data: NDArray
+    bfloat16: bool
 
-    def read(self, tokens: slice) -> Floats:
-        """[n, H, D]: a view where the dtype is float32."""
-        block = self._data[tokens]
-        if self._widen is None:
-            return block
-        out = np.empty(block.shape, np.float32)
-        self._widen(block, out.view(np.int32), out)
-        return out
+    @property
+    def narrow(self) -> bool:
+        return self.data.dtype == np.int16
 
 
-class SignBlocks:
-    """Words and scales of the heads of sign rows."""
+def dense_array(data: Tensor) -> DenseArray:
+    data = data.detach()
+    if data.dtype in (torch.bfloat16, torch.float16):
+        return DenseArray(data.view(torch.int16).numpy(), data.dtype == torch.bfloat16)
+    return DenseArray(data.float().numpy(), False)
 
-    def __init__(self, rows: SignRows) -> None:
-        self._layout, self._read_words = rows.expansion.layout, rows.expansion.read_words
-        self._words, self._scales = rows.signs.words.numpy(), rows.signs.scales.numpy()
 
-    def words(self, tokens: slice, head: int) -> NDArray[np.int32]:
-        """[n, the words that the expansion reads]."""
-        start = self._layout.word_starts[head]
-        return self._words[tokens, start : start + self._read_words(head)]
+@dataclass(frozen=True)
+class SignArrays:
+    """Sign rows of all heads. The w words that the expansion reads are listed by head and, in a head, by group."""
 
-    def scales(self, tokens: slice, head: int) -> tuple[Floats, Floats]:
-        """Alphas and betas [G, n]; no rows where the head stores none."""
-        start, end = self._layout.scale_starts[head : head + 2]
-        both = np.ascontiguousarray(self._scales[tokens, start:end].T, dtype=np.float32)
-        return both[: self._layout.groups], both[self._layout.groups :]
+    words: NDArray[np.int32]  # [N, W]
+    scales: NDArray[np.int16]  # [N, S], patterns of fp16
+    columns: Ints  # [w], where each word lies in a token's words
+    ends: Ints  # [H, G], where each group's words end in that list
+    scale_starts: Ints  # [H + 1]
+    rows: Ints  # [w], the first of the head's 32 rows that a word holds
+
+
+def sign_arrays(rows: SignRows) -> SignArrays:
+    layout, expansion = rows.expansion.layout, rows.expansion
+    columns, places, ends = [], [], []
+    for head, groups in enumerate(layout.word_groups):
+        own = np.array(groups[: expansion.read_words(head)], np.int64)
+        for group in range(layout.groups):
+            chosen = np.flatnonzero(own == group)
+            columns.extend(layout.word_starts[head] + chosen)
+            places.extend(32 * chosen)
+            ends.append(len(columns))
+    return SignArrays(
+        words=rows.signs.words.numpy(),
+        scales=rows.signs.scales.view(torch.int16).numpy(),
+        columns=np.array(columns, np.int64),
+        ends=np.array(ends, np.int64).reshape(layout.heads, layout.groups),
+        scale_starts=np.array(layout.scale_starts, np.int64),
+        rows=np.array(places, np.int64),
+    )
 
 
 @kernel
-def _widen_bfloat16(block, bits, out):
-    """`bits` is `out` seen as int32."""
-    for token in range(block.shape[0]):
-        for head in range(block.shape[1]):
-            for channel in range(block.shape[2]):
-                bits[token, head, channel] = np.int32(block[token, head, channel]) << 16
+def widen(block, bfloat16):
+    """float32 of int16 patterns [n, a, b]. An fp16 exponent, moved into place, is 112 too small; NaN becomes Inf."""
+    out = np.empty(block.shape, np.float32)
+    bits = out.view(np.int32)
+    for i in range(block.shape[0]):
+        for j in range(block.shape[1]):
+            if bfloat16:
+                for k in range(block.shape[2]):
+                    bits[i, j, k] = np.int32(block[i, j, k]) << 16
+                continue
+            for k in range(block.shape[2]):
+                half = np.int32(block[i, j, k])
+                bits[i, j, k] = (half & np.int32(-0x80000000)) | ((half & 0x7FFF) << 13)
+            for k in range(block.shape[2]):
+                value = out[i, j, k] * np.float32(2.0**112)
+                out[i, j, k] = value if abs(value) < 65536 else value * np.float32(np.inf)
+    return out
 
 
 @kernel
-def _widen_float16(block, bits, out):
-    """`bits` is `out` seen as int32. Moved into place, the exponent is 112 too small; NaN and Inf become Inf."""
-    for token in range(block.shape[0]):
-        for head in range(block.shape[1]):
-            for channel in range(block.shape[2]):
-                half = np.int32(block[token, head, channel])
-                bits[token, head, channel] = (half & np.int32(-0x80000000)) | ((half & 0x7FFF) << 13)
-            for channel in range(block.shape[2]):
-                value = out[token, head, channel] * np.float32(2.0**112)
-                out[token, head, channel] = value if abs(value) < 65536 else value * np.float32(np.inf)
+def scale_lines(scales, start, end):
+    """Scales [n, S] of one head as float32 [end - start, n]."""
+    wide = widen(scales[:, start:end].copy().reshape((scales.shape[0], 1, end - start)), False)
+    return wide.reshape((scales.shape[0], end - start)).T.copy()
+
+
+@kernel
+def word_lines(words, columns):
+    """The chosen columns of words [n, W], each in one piece [columns, n], and a 0 after the last if n is odd."""
+    lines = np.zeros((columns.shape[0], (words.shape[0] + 1) // 2 * 2), np.int32)
+    for token in range(words.shape[0]):
+        for word in range(columns.shape[0]):
+            lines[word, token] = words[token, columns[word]]
+    return lines

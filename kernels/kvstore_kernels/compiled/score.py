@@ -10,13 +10,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvstore_kernels.compiled.jit import kernel, reassociating
-from kvstore_kernels.compiled.rows import DenseBlocks, Floats, SignBlocks
+from kvstore_kernels.compiled.rows import Floats, Ints, dense_array, scale_lines, sign_arrays, widen, word_lines
 from kvstore_kernels.compiled.threads import run
-from kvstore_kernels.reference.expand import HeadQueries, expand
+from kvstore_kernels.reference.expand import expand
 from kvstore_kernels.shapes import heads_of, query_group, tokens_of
 from kvstore_kernels.types import WORD_ROWS, DenseRows, Rows, SignRows
 
@@ -24,10 +23,9 @@ BLOCK_TOKENS = 1024
 """What one task reads: its logits and a head's words stay in a core's cache."""
 
 QUAD = 4
-"""Query rows of a KV head that one pass over the sketches serves."""
+"""Query rows of a KV head that one pass over its rows serves."""
 
-
-DENSE_TOKENS = 128
+NARROW_TOKENS = 128
 """Dense rows that are widened to float32 at once."""
 
 
@@ -76,125 +74,150 @@ def padded(rows: int) -> int:
 
 class _SignKeys:
     def __init__(self, q: Tensor, keys: SignRows, sm_scale: float, debias: float) -> None:
-        self._blocks = SignBlocks(keys)
-        self._heads = [
-            _SignHead(queries, keys.expansion.layout.word_groups[head], keys.expansion.layout.groups)
-            for head, queries in enumerate(expand(q, keys.expansion))
-        ]
+        heads = expand(q, keys.expansion)
+        self._keys = sign_arrays(keys)
+        ends = self._keys.ends[:, -1]
+        own_rows = np.split(self._keys.rows, ends[:-1])
+        self._tables = np.concatenate([_tables(head.ints, rows) for head, rows in zip(heads, own_rows, strict=True)])
+        self._step, self._mean = (
+            _padded_stack([head.step for head in heads]),
+            _padded_stack([head.mean for head in heads]),
+        )
+        self._noise = _padded_stack([head.noise for head in heads])
+        width = max(head.offsets.shape[1] for head in heads)
+        self._offsets = _padded_stack(
+            [torch.nn.functional.pad(h.offsets, (0, width - h.offsets.shape[1])) for h in heads]
+        )
         self._sm_scale, self._penalty = np.float32(sm_scale), np.float32(debias / 2 * sm_scale**2)
 
     def logits(self, tokens: slice, out: Floats) -> None:
-        for head, own in enumerate(self._heads):
-            alphas, betas = self._blocks.scales(tokens, head)
-            out[head] = own.mean
-            _add_signs(self._blocks.words(tokens, head), own.order, own.ends, own.tables, alphas, own.step, out[head])
-            _finish(alphas, betas, own.offsets, own.noise, self._sm_scale, self._penalty, out[head])
-
-
-class _SignHead:
-    """The expanded queries of one head, padded with rows of zeros, as `_add_signs` and `_finish` read them."""
-
-    def __init__(self, queries: HeadQueries, word_groups: tuple[int, ...], groups: int) -> None:
-        rows, m = queries.ints.shape
-        own = np.array(word_groups[: m // WORD_ROWS], np.int64)
-        self.order = np.argsort(own, kind="stable")
-        self.ends = np.searchsorted(own[self.order], np.arange(groups), side="right")
-        ints = np.zeros((padded(rows), m), np.int64)
-        ints[:rows] = queries.ints.numpy()
-        ints = ints.reshape(-1, QUAD // 2, 2, m // WORD_ROWS, WORD_ROWS)[:, :, :, self.order]
-        pairs = ((ints[:, :, 1] << 32) + ints[:, :, 0]).reshape(-1, QUAD // 2, m)
-        self.tables = np.empty((len(pairs), m // 8, 256, QUAD // 2), np.int64)
-        _byte_tables(pairs, self.tables)
-        self.step, self.mean, self.offsets, self.noise = (
-            _pad(part.numpy()) for part in (queries.step, queries.mean.unsqueeze(1), queries.offsets, queries.noise)
-        )
+        keys = self._keys
+        _sign_scores(
+            keys.words[tokens], keys.scales[tokens], keys.columns, keys.ends, keys.scale_starts,
+            self._tables, self._step, self._mean, self._offsets, out,
+        )  # fmt: skip
+        _finish(keys.scales[tokens], keys.scale_starts, self._noise, self._sm_scale, self._penalty, out)
 
 
 class _DenseKeys:
     def __init__(self, q: Tensor, keys: DenseRows, sm_scale: float) -> None:
         rows = q.float().unflatten(1, (keys.data.shape[1], -1)).transpose(0, 1).flatten(1, 2)
-        self._queries = np.stack([_pad(own.numpy()) for own in rows])
-        self._blocks, self._sm_scale = DenseBlocks(keys.data), np.float32(sm_scale)
+        self._queries = _padded_stack(list(rows))
+        self._keys, self._sm_scale = dense_array(keys.data), np.float32(sm_scale)
 
     def logits(self, tokens: slice, out: Floats) -> None:
-        for start in range(0, out.shape[2], DENSE_TOKENS):
-            part = slice(tokens.start + start, min(tokens.start + start + DENSE_TOKENS, tokens.stop))
-            _dense_scores(
-                self._blocks.read(part), self._queries, self._sm_scale, out[:, :, start : start + DENSE_TOKENS]
-            )
+        if self._keys.narrow:
+            _narrow_scores(self._keys.data[tokens], self._keys.bfloat16, self._queries, self._sm_scale, out)
+        else:
+            _dense_scores(self._keys.data[tokens], self._queries, self._sm_scale, out)
 
 
-def _pad(rows: Floats) -> Floats:
-    out = np.zeros((padded(len(rows)), *rows.shape[1:]), np.float32)
-    out[: len(rows)] = rows
+def _padded_stack(heads: list[Tensor]) -> Floats:
+    """[H, R, ...] of R rows each, with rows of zeros up to a multiple of QUAD."""
+    out = np.zeros((len(heads), padded(len(heads[0])), *heads[0].shape[1:]), np.float32)
+    out[:, : len(heads[0])] = torch.stack(heads).numpy()
     return out
 
 
-@kernel
-def _byte_tables(pairs: NDArray[np.int64], tables: NDArray[np.int64]) -> None:
-    """tables[quad, b, v] = sum_j t_j pairs[quad, :, 8 b + j] with t_j of bit j of v; each from v without its last 1."""
-    for quad in range(tables.shape[0]):
-        for byte in range(tables.shape[1]):
-            for pair in range(tables.shape[3]):
-                total = np.int64(0)
-                for j in range(8):
-                    total -= pairs[quad, pair, 8 * byte + j]
-                tables[quad, byte, 0, pair] = total
-            for value in range(1, 256):
-                last = 0
-                while not (value >> last) & 1:
-                    last += 1
-                for pair in range(tables.shape[3]):
-                    more = 2 * pairs[quad, pair, 8 * byte + last]
-                    tables[quad, byte, value, pair] = tables[quad, byte, value & (value - 1), pair] + more
+def _tables(ints: Tensor, rows: Ints) -> Ints:
+    """Look-up tables [w, R / 4, 4, 256, 2] of ints [R, m] for the words that begin at `rows`."""
+    whole = np.zeros((padded(len(ints)), ints.shape[1]), np.int64)
+    whole[: len(ints)] = ints.numpy()
+    whole = whole.reshape(-1, QUAD // 2, 2, ints.shape[1] // WORD_ROWS, WORD_ROWS)
+    pairs = ((whole[:, :, 1] << 32) + whole[:, :, 0])[:, :, rows // WORD_ROWS]
+    tables = np.empty((len(rows), len(pairs), 4, 256, QUAD // 2), np.int64)
+    _fill_tables(np.ascontiguousarray(pairs.transpose(2, 0, 1, 3)), tables)
+    return tables
 
 
 @kernel
-def _add_signs(words, order, ends, tables, alphas, step, out):
-    """out[r, n] += sum_g (alphas[g, n] step[r]) <ints_rg, t_ng>; `order` lists words by group, which end at `ends`."""
-    count = words.shape[0]
-    lines = np.empty((order.shape[0], count), np.uint32)
-    for token in range(count):
-        for word in range(order.shape[0]):
-            lines[word, token] = np.uint32(words[token, order[word]])
-    sums = np.empty((count, 2), np.int64)
-    for quad in range(tables.shape[0]):
-        first = 0
-        for group in range(alphas.shape[0]):
-            sums[:] = 0
-            for word in range(first, ends[group]):
-                table, line = tables[quad, 4 * word : 4 * word + 4], lines[word]
-                for token in range(count):
-                    bits = line[token]
-                    low, high = sums[token, 0], sums[token, 1]
-                    for byte in range(4):
-                        value = (bits >> np.uint32(8 * byte)) & np.uint32(255)
-                        low += table[byte, value, 0]
-                        high += table[byte, value, 1]
-                    sums[token, 0], sums[token, 1] = low, high
-            first = ends[group]
-            for pair in range(2):
-                row = 4 * quad + 2 * pair
-                for token in range(count):
-                    even = np.int32(sums[token, pair])
-                    odd = np.int32((sums[token, pair] - even) >> 32)
-                    out[row, token] += (alphas[group, token] * step[row]) * np.float32(even)
-                    out[row + 1, token] += (alphas[group, token] * step[row + 1]) * np.float32(odd)
+def _fill_tables(pairs: Ints, tables: Ints) -> None:
+    """tables[w, q, b, v, p] = sum_j t_j pairs[w, q, p, 8 b + j], t_j of bit j of v; each from v without its last 1."""
+    for word in range(tables.shape[0]):
+        for quad in range(tables.shape[1]):
+            for byte in range(4):
+                table = tables[word, quad, byte]
+                for pair in range(2):
+                    table[0, pair] = -np.sum(pairs[word, quad, pair, 8 * byte : 8 * byte + 8])
+                for value in range(1, 256):
+                    last = 0
+                    while not (value >> last) & 1:
+                        last += 1
+                    for pair in range(2):
+                        more = 2 * pairs[word, quad, pair, 8 * byte + last]
+                        table[value, pair] = table[value & (value - 1), pair] + more
 
 
 @kernel
-def _finish(alphas, betas, offsets, noise, sm_scale, penalty, out):
-    """out = sm_scale (out + sum_g betas_g offsets_g) - penalty sum_g alphas_g^2 noise_g."""
-    for row in range(out.shape[0]):
-        for group in range(betas.shape[0]):
-            for token in range(out.shape[1]):
-                out[row, token] += betas[group, token] * offsets[row, group]
-        for token in range(out.shape[1]):
-            out[row, token] *= sm_scale
-        if penalty != 0:
-            for group in range(alphas.shape[0]):
-                for token in range(out.shape[1]):
-                    out[row, token] -= penalty * (alphas[group, token] * alphas[group, token] * noise[row, group])
+def _sign_scores(words, scales, columns, ends, scale_starts, tables, step, mean, offsets, out):
+    """out[h, r, n] = mean_hr + sum_g ( (alpha_ng step_hr) <ints_hrg, t_ng> + beta_ng offsets_hrg )."""
+    sums = np.empty((words.shape[0], 2), np.int64)
+    start = 0
+    for head in range(out.shape[0]):
+        lines = word_lines(words, columns[start : ends[head, -1]])
+        factors = scale_lines(scales, scale_starts[head], scale_starts[head + 1])
+        for row in range(out.shape[1]):
+            out[head, row] = mean[head, row]
+        first = start
+        for group in range(min(ends.shape[1], factors.shape[0])):
+            for quad in range(tables.shape[1]):
+                sums[:] = 0
+                for word in range(first, ends[head, group]):
+                    _add_word(lines[word - start], tables[word, quad], sums)
+                for pair in range(2):
+                    row = 4 * quad + 2 * pair
+                    _add_pair(sums[:, pair], factors[group], step[head, row : row + 2], out[head, row : row + 2])
+            first = ends[head, group]
+        for group in range(ends.shape[1], factors.shape[0]):
+            for row in range(out.shape[1]):
+                for token in range(out.shape[2]):
+                    out[head, row, token] += factors[group, token] * offsets[head, row, group - ends.shape[1]]
+        start = ends[head, -1]
+
+
+@kernel
+def _add_word(line, tables, sums):
+    for token in range(sums.shape[0]):
+        bits = np.uint32(line[token])
+        low, high = sums[token, 0], sums[token, 1]
+        for byte in range(4):
+            value = (bits >> np.uint32(8 * byte)) & np.uint32(255)
+            low += tables[byte, value, 0]
+            high += tables[byte, value, 1]
+        sums[token, 0], sums[token, 1] = low, high
+
+
+@kernel
+def _add_pair(pairs, alpha, step, out):
+    for token in range(pairs.shape[0]):
+        even = np.int32(pairs[token])
+        odd = np.int32((pairs[token] - even) >> 32)
+        out[0, token] += (alpha[token] * step[0]) * np.float32(even)
+        out[1, token] += (alpha[token] * step[1]) * np.float32(odd)
+
+
+@kernel
+def _finish(scales, scale_starts, noise, sm_scale, penalty, out):
+    """out = sm_scale out - penalty sum_g alpha_ng^2 noise_hrg."""
+    for head in range(out.shape[0]):
+        for row in range(out.shape[1]):
+            for token in range(out.shape[2]):
+                out[head, row, token] *= sm_scale
+        if penalty == 0:
+            continue
+        factors = scale_lines(scales, scale_starts[head], scale_starts[head + 1])
+        for group in range(min(noise.shape[2], factors.shape[0])):
+            for row in range(out.shape[1]):
+                for token in range(out.shape[2]):
+                    variance = factors[group, token] * factors[group, token] * noise[head, row, group]
+                    out[head, row, token] -= penalty * variance
+
+
+@kernel
+def _narrow_scores(data, bfloat16, queries, sm_scale, out):
+    for start in range(0, data.shape[0], NARROW_TOKENS):
+        rows = widen(data[start : start + NARROW_TOKENS], bfloat16)
+        _dense_scores(rows, queries, sm_scale, out[:, :, start : start + NARROW_TOKENS])
 
 
 @reassociating
