@@ -102,7 +102,7 @@ class SessionState:
 
 def cut(entry: AppendEntry, end: int) -> AppendEntry:
     """The entry, shared only up to `end`."""
-    return replace(entry, end=min(entry.end, end))
+    return entry if entry.end <= end else replace(entry, end=end)
 
 
 def follows(entry: AppendEntry, previous: AppendEntry | None) -> bool:
