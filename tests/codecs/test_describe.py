@@ -1,5 +1,6 @@
 """What a codec costs, and that docs/codecs.md prints what the command prints."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,10 @@ def test_the_document_has_the_tables_that_the_command_prints():
     text = DOCUMENT.read_text()
     for table in (bits_table(), plane_table()):
         assert "\n".join(table) in text
+
+
+def test_the_document_names_tests_that_exist():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", DOCUMENT.read_text())
+    assert len(named) > 20
+    for file, name in named:
+        assert f"\ndef {name}(" in (Path(__file__).parent / file).read_text(), f"{file}::{name}"
