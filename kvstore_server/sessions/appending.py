@@ -180,6 +180,7 @@ class OpenAppend:
             raise DeadlineExceeded("DEADLINE", "the deadline passed before anything was written")
         segment = log.segment(
             live.state,
+            start=header.start,
             tokens=header.tokens,
             exact=exact,
             digest=digest,
