@@ -12,7 +12,7 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 test: $(DEV) ## all tests that need no GPU; Redis tests where a server is found (ARGS="-k name" for some)
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n logical --maxprocesses 4 $(ARGS)
 
 check: $(DEV) ## lint, types, protocol, size and import rules
 	$(BIN)/ruff check $(SOURCES)

@@ -11,10 +11,12 @@ from kvstore_server.limits import SESSION_NAME
 REMOVED_KEPT_SECONDS = 3_600
 """How long a removed generation is remembered, so that a late put of it does not bring it back."""
 
+UNIX_SECONDS_MAX = 2.0**53
+
 Name = Annotated[str, Field(pattern=f"^{SESSION_NAME.pattern}$")]
 Generation = Annotated[str, Field(pattern="^[0-9]{1,15}$")]
 Whole = Annotated[int, Field(ge=0, le=2**53)]
-UnixSeconds = Annotated[float, Field(ge=0, le=2**53)]
+UnixSeconds = Annotated[float, Field(ge=0, le=UNIX_SECONDS_MAX)]
 
 
 class _Record(BaseModel):

@@ -19,7 +19,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from kvstore_server.errors import Unavailable
-from kvstore_server.metadata.index import REMOVED_KEPT_SECONDS, Notice, SessionEntry
+from kvstore_server.metadata.index import REMOVED_KEPT_SECONDS, UNIX_SECONDS_MAX, Notice, SessionEntry
 from kvstore_server.metadata.keys import NAMESPACE, NOTICES, key
 from kvstore_server.metadata.scripts import PAGE, STATE, SWAP
 
@@ -89,7 +89,7 @@ class RedisIndex:
             except ResponseError as error:
                 if not str(error).startswith("WRONGTYPE"):
                     raise
-                self._distrust("the last uses of a tenant", error)
+                self._distrust("last uses of sessions")
 
     async def publish(self, notice: Notice) -> None:
         async with self._bounded():
@@ -118,8 +118,8 @@ class RedisIndex:
             if message and message["type"] == "message":
                 try:
                     yield Notice.model_validate_json(message["data"])
-                except ValidationError as error:
-                    self._distrust("a notice", error)
+                except ValidationError:
+                    self._distrust("a notice")
 
     async def ping(self) -> None:
         async with self._bounded():
@@ -155,7 +155,7 @@ class RedisIndex:
         async with self._bounded():
             rows = await self._page(_keys(tenant), [first, last, offset, count])
         if rows is None:
-            self._distrust("the names of a tenant", "not a sorted set")
+            self._distrust("names of sessions")
         return rows or []
 
     def _entry(self, tenant: str, name: bytes, value: bytes, used: bytes) -> SessionEntry | None:
@@ -163,19 +163,17 @@ class RedisIndex:
             return None
         try:
             entry = SessionEntry.model_validate_json(value)
-            last_used = max(entry.last_used_unix_seconds, float(used or 0))
-            moved = SessionEntry.model_validate({**entry.model_dump(), "last_used_unix_seconds": last_used})
-        except ValueError as error:
-            self._distrust("an entry", error)
-            return None
-        if (moved.tenant, moved.name) != (tenant, name.decode(errors="replace")):
-            self._distrust("an entry", "it is of another session")
-            return None
-        return moved
+        except ValidationError:
+            return self._distrust("an entry")
+        if (entry.tenant, entry.name) != (tenant, name.decode(errors="replace")):
+            return self._distrust("an entry of another session")
+        if entry.last_used_unix_seconds < (last_used := float(used or 0)) <= UNIX_SECONDS_MAX:
+            return entry.model_copy(update={"last_used_unix_seconds": last_used})
+        return entry
 
-    def _distrust(self, what: str, why: object) -> None:
+    def _distrust(self, what: str) -> None:
         self.malformed += 1
-        log.warning("the index holds %s that is not ours: %s", what, why)
+        log.warning("the index holds %s that this program did not write", what)
 
     @asynccontextmanager
     async def _bounded(self) -> AsyncGenerator[None]:

@@ -78,6 +78,13 @@ async def test_a_key_of_another_type_is_absent_and_gives_way(redis_index: RedisI
     assert [(e.name, e.length) for e in await redis_index.list("default", limit=9)] == [("a", 20)]
 
 
+@pytest.mark.parametrize("score", [float("inf"), -1.0, 1e300])
+async def test_a_senseless_last_use_is_ignored(redis_index: RedisIndex, raw: Redis, score: float) -> None:
+    await redis_index.put(entry())
+    await raw.zadd(key("default", "used"), {"a": score})
+    assert await redis_index.get("default", "a") == entry()
+
+
 @pytest.mark.parametrize("value", ["", "-1", "soon", "9" * 40, "1" * 10_000])
 async def test_a_malformed_removal_is_absent(redis_index: RedisIndex, raw: Redis, value: str) -> None:
     await raw.set(key("default", "removed", "a"), value)
