@@ -12,8 +12,7 @@ from kvstore_server.storage.session_state import AppendEntry, SessionState
 class LiveSession:
     """One generation of one session. Everything here is derived from the store and may be dropped at any time.
 
-    `lock` is held while the session grows, is loaded or is compared with the store; queries hold none: they use the
-    prefix that they name.
+    `lock` is held while the session grows or is loaded; queries hold none: they use the prefix that they name.
     """
 
     def __init__(self, state: SessionState) -> None:

@@ -63,10 +63,8 @@ class Registry:
 
     async def discover(self, live: LiveSession) -> None:
         """Takes in what other servers have appended."""
-        log = self.log(live.state.tenant)
-        async with live.lock:
-            await asyncio.to_thread(log.discover, live.state)
-            await self.ensure_fit(live)
+        await asyncio.to_thread(self.log(live.state.tenant).discover, live.state)
+        await self.ensure_fit(live)
 
     async def load(self, live: LiveSession, end: int, deadline: float) -> ResidentSession:
         """The session's rows, at least up to `end`.
@@ -95,7 +93,7 @@ class Registry:
         return resident
 
     async def ensure_fit(self, live: LiveSession) -> None:
-        """Reads the session's fit if there is one; the lock must be held, or nobody else know the session."""
+        """Reads the session's fit if there is one that is not known yet."""
         if live.fit is None and (made := live.fit_entry) is not None:
             live.fit = await asyncio.to_thread(read_fit, self.log(live.state.tenant), live.state, made)
 
@@ -112,8 +110,7 @@ class Registry:
     async def _refreshed(self, tenant: str, live: LiveSession) -> bool:
         """Whether the generation still lives; its attributes are then up to date."""
         now = monotonic()
-        async with live.lock:
-            superseded = await asyncio.to_thread(self.log(tenant).superseded, live.state)
+        superseded = await asyncio.to_thread(self.log(tenant).superseded, live.state)
         live.checked_at = now
         return not superseded
 
