@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class KindStore:
 
 
 class ResidentSession:
-    """The rows of positions [0, length) of one session. Readers may hold views while it grows; one writer at a time.
+    """The rows of positions [0, length) of one session. Readers may hold views while it grows.
 
     Positions below `exact_end` are exact in every layer; None: nothing is fitted yet, so all of them are.
     """
@@ -64,6 +65,7 @@ class ResidentSession:
         self.plan: CodecPlan | None = None
         self.exact_end: int | None = None
         self.length = 0
+        self._writing = Lock()
         self._layers = [{kind: KindStore(shape) for kind in KINDS} for _ in range(shape.layers)]
 
     @property
@@ -78,11 +80,22 @@ class ResidentSession:
         """Rows at or above `exact_end` come as the plan says; before this, all are exact."""
         self.plan, self.exact_end = plan, exact_end
 
-    def extend(self, rows: AppendRows, tokens: int) -> None:
+    def extend(self, start: int, rows: AppendRows, tokens: int) -> bool:
+        """Adds positions [start, start + tokens); False, changing nothing, if `start` is not the length.
+
+        A cancelled load goes on in its thread, so two writers may meet here.
+        """
+        with self._writing:
+            if start != self.length:
+                return False
+            self._append(rows)
+            self.length += tokens
+            return True
+
+    def _append(self, rows: AppendRows) -> None:
         for layer, pair in zip(self._layers, rows, strict=True):
             for kind, part in zip(KINDS, pair, strict=True):
                 layer[kind].extend(part)
-        self.length += tokens
 
     def blocks(self, layer: int, start: int, end: int, levels: dict[Kind, int]) -> Iterator[Block]:
         """Positions [start, end) of `layer` at a level for each kind: exact ones first, then sketched ones."""

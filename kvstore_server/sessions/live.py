@@ -85,7 +85,7 @@ class LiveSession:
         """Adds an append that was just committed, if all rows before it are loaded."""
         if start == (self.resident.length if self.resident else 0):
             self.resident = self.loadable()
-            self.resident.extend(rows, tokens)
+            self.resident.extend(start, rows, tokens)
 
     def info(self) -> SessionInfo:
         """The session as it is known now. The fit must have been read."""

@@ -18,7 +18,7 @@ def extend_resident(log: CommitLog, state: SessionState, resident: ResidentSessi
                 (shortened(keys, kept), shortened(values, kept))
                 for keys, values in zip(segment.keys, segment.values, strict=True)
             ]
-            resident.extend(rows, kept)
+            resident.extend(entry.start, rows, kept)
 
 
 def read_fit(log: CommitLog, state: SessionState, entry: AppendEntry) -> Fit:
