@@ -1,5 +1,6 @@
 """From a codec spec to what each layer does."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -8,13 +9,14 @@ from torch import Tensor
 
 from kvstore_codecs.affine import affine_plan
 from kvstore_codecs.plan import CodecPlan, DensePlan, Fit, KindPlan, NotFittedError, SignPlan, digest_of
-from kvstore_codecs.qjl import qjl_plan
+from kvstore_codecs.qjl import level_rows, qjl_plan
 from kvstore_codecs.rotated import rotated_plan
-from kvstore_codecs.spec import KINDS, Affine, CodecSpec, Kind, ModelShape, Qjl, Raw, Rotated
+from kvstore_codecs.spec import KINDS, Affine, AnyCodec, CodecSpec, Kind, ModelShape, Qjl, Raw, Rotated
 from kvstore_kernels.types import SignEncoder
 
 _PLANS_MAX = 64
-_BASES_MAX = 512
+_BASES_MAX = 256
+_BASIS_BYTES_MAX = 2**30
 _DEBIAS = {"raw": 0.0, "qjl": 0.5, "rotated": 0.5, "affine": 0.0}
 
 
@@ -30,6 +32,14 @@ def check_spec(spec: CodecSpec, shape: ModelShape) -> None:
             raise ValueError(f"{path}.outlier_channels: {channels[-1]} is outside [0, {shape.head_dim}), head_dim")
         if len(channels) == shape.head_dim:
             raise ValueError(f"{path}.outlier_channels: at most {shape.head_dim - 1} channels, one must be an inlier")
+    if basis_bytes(spec, shape) > _BASIS_BYTES_MAX:
+        raise ValueError(f"the codec's bases take {basis_bytes(spec, shape)} bytes, the limit is {_BASIS_BYTES_MAX}")
+
+
+def basis_bytes(spec: CodecSpec, shape: ModelShape) -> int:
+    """Memory of a plan's matrices, without making them: a projection and an E for every level, shared by the heads."""
+    codecs = Counter(codec for kind in KINDS for codec in spec.of_layers(kind, shape.layers))
+    return sum(count * 4 * shape.head_dim * _matrix_rows(codec, shape.head_dim) for codec, count in codecs.items())
 
 
 @lru_cache(maxsize=_PLANS_MAX)
@@ -46,19 +56,9 @@ def plan_for(spec: CodecSpec, shape: ModelShape, fit: Fit | None) -> CodecPlan:
     expected = (shape.layers, shape.kv_heads, shape.head_dim)
     if fit is not None and not expected == fit.mean_keys.shape == fit.mean_values.shape:
         raise ValueError(f"the fit's means are {[*fit.mean_keys.shape]}, not {[*expected]}")
-    plans: dict[Kind, list[KindPlan]] = {kind: [] for kind in KINDS}
-    digests: list[str] = []
-    for layer in range(shape.layers):
-        for kind in KINDS:
-            codec = spec.for_layer(layer, kind, shape.layers)
-            if isinstance(codec, Raw):
-                plans[kind].append(DensePlan())
-                continue
-            plan, digest = _unfitted(codec, shape.head_dim, shape.kv_heads, layer, kind)
-            digests.append(digest)
-            plans[kind].append(plan if fit is None else _with_mean(plan, fit.of(kind)[layer]))
-    basis = digest_of("\n".join(digests), ())
-    return CodecPlan(spec, shape, fit, tuple(plans["keys"]), tuple(plans["values"]), basis)
+    keys, key_digests = _layer_plans(spec, shape, fit, "keys")
+    values, value_digests = _layer_plans(spec, shape, fit, "values")
+    return CodecPlan(spec, shape, fit, keys, values, digest_of("\n".join(key_digests + value_digests), ()))
 
 
 def default_debias(spec: CodecSpec, layer: int, layers: int) -> float:
@@ -67,6 +67,21 @@ def default_debias(spec: CodecSpec, layer: int, layers: int) -> float:
     One half is best for the data-oblivious codecs (measured); dense and affine keys have next to no such noise.
     """
     return _DEBIAS[spec.for_layer(layer, "keys", layers).name]
+
+
+def _layer_plans(
+    spec: CodecSpec, shape: ModelShape, fit: Fit | None, kind: Kind
+) -> tuple[tuple[KindPlan, ...], list[str]]:
+    plans: list[KindPlan] = []
+    digests: list[str] = []
+    for layer, codec in enumerate(spec.of_layers(kind, shape.layers)):
+        if isinstance(codec, Raw):
+            plans.append(DensePlan())
+            continue
+        plan, digest = _unfitted(codec, shape.head_dim, shape.kv_heads, layer, kind)
+        plans.append(plan if fit is None else _with_mean(plan, fit.of(kind)[layer]))
+        digests.append(digest)
+    return tuple(plans), digests
 
 
 @lru_cache(maxsize=_BASES_MAX)
@@ -80,6 +95,17 @@ def _unfitted(codec: Qjl | Rotated | Affine, d: int, heads: int, layer: int, kin
     else:
         plan = affine_plan(codec, d, heads)
     return plan, digest_of(f"{layer} {kind} {plan.layout.word_groups} {_norm_factor(plan)}", _basis_tensors(plan))
+
+
+def _matrix_rows(codec: AnyCodec, d: int) -> int:
+    """Rows of the projection and of every level's E together."""
+    if isinstance(codec, Raw):
+        return 0
+    if isinstance(codec, Qjl):
+        outliers, levels = codec.outlier_bits if codec.outlier_channels else 0, level_rows(codec.bits, d)
+        return codec.bits + sum(levels) + outliers * (1 + len(levels))
+    read = d * codec.planes * (codec.planes + 1) // 2
+    return read + d if isinstance(codec, Rotated) else read
 
 
 def _basis_tensors(plan: SignPlan) -> Iterator[Tensor]:

@@ -90,7 +90,8 @@ class Affine(Frozen, frozen=True):
     planes: Annotated[int, Field(ge=1, le=8)] = 2
 
 
-KindCodec = Annotated[Raw | Qjl | Rotated | Affine, Field(discriminator="name")]
+AnyCodec = Raw | Qjl | Rotated | Affine
+KindCodec = Annotated[AnyCodec, Field(discriminator="name")]
 
 
 class LayerOverride(Frozen, frozen=True):
@@ -115,15 +116,21 @@ class CodecSpec(Frozen, frozen=True):
     fit_tokens: Annotated[int, Field(ge=1, le=4096)] = 256
     """Non-sink tokens that must be there before means are computed; until then tokens stay exact."""
 
-    def for_layer(self, layer: int, kind: Kind, layers: int) -> Raw | Qjl | Rotated | Affine:
-        """The codec of one layer and kind in a model of `layers` layers."""
-        chosen = getattr(self, kind)
+    def of_layers(self, kind: Kind, layers: int) -> list[AnyCodec]:
+        """The codec of every layer of a model of `layers` layers, which the overrides must be within."""
+        chosen = [self.keys if kind == "keys" else self.values] * layers
         for override in self.overrides:
-            if layer in {i % layers for i in override.layers} and getattr(override, kind) is not None:
-                chosen = getattr(override, kind)
+            codec = override.keys if kind == "keys" else override.values
+            if codec is not None:
+                for layer in override.layers:
+                    chosen[layer] = codec
         return chosen
 
-    def codecs(self) -> Iterator[tuple[str, Raw | Qjl | Rotated | Affine]]:
+    def for_layer(self, layer: int, kind: Kind, layers: int) -> AnyCodec:
+        """The codec of one layer and kind in a model of `layers` layers."""
+        return self.of_layers(kind, layers)[layer]
+
+    def codecs(self) -> Iterator[tuple[str, AnyCodec]]:
         """Every codec named in the spec, with the path of its field."""
         for path, chosen in (("", self), *((f"overrides[{i}].", o) for i, o in enumerate(self.overrides))):
             for kind in KINDS:

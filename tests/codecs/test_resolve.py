@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvstore_codecs.plan import CodecPlan, DensePlan, Fit, NotFittedError, SignPlan
-from kvstore_codecs.resolve import default_debias, plan_for
+from kvstore_codecs.resolve import basis_bytes, default_debias, plan_for
 from kvstore_codecs.spec import DEFAULT, RAW, Affine, CodecSpec, LayerOverride, Qjl, Raw, Rotated
 from kvstore_kernels.types import SignEncoder
 from tests.codecs.inputs import shape_of
@@ -35,13 +35,13 @@ def projections(plan: CodecPlan) -> list[torch.Tensor]:
     ("spec", "fit", "spec_fingerprint", "plan_fingerprint"),
     [
         (RAW, None, "c08983df6e4f5909e82ac425f816caf4", "7048b9b4ba6259c0a06f293c2330ae6d"),
-        (DEFAULT, fit_of(), "e401beb0199555cea25cb4071592de42", "d2283b661c22d2ebd3cf08ded671a0a6"),
-        (MIXED, None, "4c0afe973502e759293e01d76dca99da", "591e6ed2e15906d1b889f1bc9092600e"),
+        (DEFAULT, fit_of(), "e401beb0199555cea25cb4071592de42", "800ed994d2e0f12465dcbc5a6480cd4d"),
+        (MIXED, None, "4c0afe973502e759293e01d76dca99da", "ba22ff82910a28b0969e6b2d60811e6f"),
         (
             CodecSpec(keys=Qjl(basis="hadamard", scale="paper"), values=Rotated(basis="haar")),
             fit_of(),
             "e6dd2692010ce902af784cba1615f09d",
-            "c30c852840bf499d640f4112446572b0",
+            "6556a5b1ffec3351ab3e0711cf3a91a8",
         ),
     ],
     ids=["raw", "default", "mixed", "paper"],
@@ -120,6 +120,26 @@ def test_means_reach_encoder_and_every_level_and_bases_are_shared():
         assert torch.equal(keys.encoder.mean, fit_of(seed).mean_keys[2])
         assert all(torch.equal(level.mean, fit_of(seed).mean_keys[2]) for level in keys.levels)
     assert all(a is b for a, b in zip(projections(first), projections(second), strict=True))
+
+
+@pytest.mark.parametrize(
+    "spec", [MIXED, CodecSpec(keys=Rotated(planes=6), values=Affine(planes=3), mean="none")], ids=str
+)
+def test_basis_bytes_are_known_before_a_basis_is_made(spec: CodecSpec):
+    plan = plan_for(spec, SHAPE, None)
+    matrices = [
+        p.levels[i].matrix[0]
+        for p in (*plan.keys, *plan.values)
+        if isinstance(p, SignPlan)
+        for i in range(len(p.levels))
+    ]
+    assert basis_bytes(spec, SHAPE) == sum(4 * m.numel() for m in (*matrices, *projections(plan)))
+
+
+def test_a_codec_whose_bases_are_too_large_is_refused_before_they_are_made():
+    spec = CodecSpec(keys=Qjl(bits=4096), values=Qjl(bits=4096), mean="none")
+    with pytest.raises(ValueError, match="bases take 12550144000 bytes, the limit is 1073741824"):
+        plan_for(spec, shape_of(256, layers=500), None)
 
 
 def test_a_codec_with_session_means_is_refused_without_a_fit():

@@ -53,16 +53,15 @@ def test_affine_promises_the_noise_it_has(backend: Backend, planes: int):
         assert (0.7 if index else 0.95) <= ratio <= 1.05
 
 
-@pytest.mark.parametrize("planes", [2, 3])
-def test_a_weighted_sum_of_values_has_no_bias(backend: Backend, planes: int):
-    """|E o^ - o| / |o| <= 1e-2 over bases; plain centroids would shrink the sum by their error, 0.117 at two planes."""
+def test_a_weighted_sum_of_values_has_no_bias(backend: Backend):
+    """|E o^ - o| / |o| <= 1e-2 over bases; plain centroids of two planes would shrink the sum by 0.117."""
     tokens, d, bases = 64, 64, 400
     x = torch.randn(1, 1, d, generator=seeded(5)) + torch.randn(tokens, 1, d, generator=seeded(6))
     weights = torch.rand(tokens, generator=seeded(7))
     exact = torch.einsum("n,nhd->d", weights, x)
     total = torch.zeros(d)
     for layer in range(bases):
-        plan = sign_plan(Rotated(planes=planes), d, layer=layer, layers=bases)
+        plan = sign_plan(Rotated(planes=2), d, layer=layer, layers=bases)
         decoded = backend.decode(SignRows(backend.encode(x, plan.encoder), plan.levels[0]))
         total += torch.einsum("n,nhd->d", weights, decoded) / bases
     assert (total - exact).norm() / exact.norm() <= 1e-2
