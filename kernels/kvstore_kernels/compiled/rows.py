@@ -87,15 +87,25 @@ def widen(block, bfloat16):
 
 @kernel
 def scale_lines(scales, start, end):
-    """Scales [n, S] of one head as float32 [end - start, n]."""
-    wide = widen(scales[:, start:end].copy().reshape((scales.shape[0], 1, end - start)), False)
-    return wide.reshape((scales.shape[0], end - start)).T.copy()
+    """Columns [start, end) of finite scales [n, S] as float32 [end - start, n]."""
+    out = np.empty((end - start, scales.shape[0]), np.float32)
+    bits = out.view(np.int32)
+    for line in range(end - start):
+        for token in range(scales.shape[0]):
+            half = np.int32(scales[token, start + line])
+            bits[line, token] = (half & np.int32(-0x80000000)) | ((half & 0x7FFF) << 13)
+        for token in range(scales.shape[0]):
+            out[line, token] *= np.float32(2.0**112)
+    return out
 
 
 @kernel
 def word_lines(words, columns):
-    """The chosen columns of words [n, W], each in one piece [columns, n], and a 0 after the last if n is odd."""
-    lines = np.zeros((columns.shape[0], (words.shape[0] + 1) // 2 * 2), np.int32)
+    """The chosen columns of words [n, W], each in one piece [columns, at least n], an even number with 0 after n.
+
+    Lines are not a multiple of 4 KiB apart, where stores to them would evict one another.
+    """
+    lines = np.zeros((columns.shape[0], (words.shape[0] + 1) // 2 * 2 + 16), np.int32)
     for token in range(words.shape[0]):
         for word in range(columns.shape[0]):
             lines[word, token] = words[token, columns[word]]

@@ -12,18 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvstore_kernels.compiled.expand import QUAD, expand, query_rows
 from kvstore_kernels.compiled.jit import kernel, reassociating
-from kvstore_kernels.compiled.rows import Floats, Ints, dense_array, scale_lines, sign_arrays, widen, word_lines
+from kvstore_kernels.compiled.rows import Floats, dense_array, scale_lines, sign_arrays, widen, word_lines
 from kvstore_kernels.compiled.threads import run
-from kvstore_kernels.reference.expand import expand
 from kvstore_kernels.shapes import heads_of, query_group, tokens_of
-from kvstore_kernels.types import WORD_ROWS, DenseRows, Rows, SignRows
+from kvstore_kernels.types import DenseRows, Rows, SignRows
 
 BLOCK_TOKENS = 1024
 """What one task reads: its logits and a head's words stay in a core's cache."""
-
-QUAD = 4
-"""Query rows of a KV head that one pass over its rows serves."""
 
 NARROW_TOKENS = 128
 """Dense rows that are widened to float32 at once."""
@@ -74,35 +71,24 @@ def padded(rows: int) -> int:
 
 class _SignKeys:
     def __init__(self, q: Tensor, keys: SignRows, sm_scale: float, debias: float) -> None:
-        heads = expand(q, keys.expansion)
         self._keys = sign_arrays(keys)
-        ends = self._keys.ends[:, -1]
-        own_rows = np.split(self._keys.rows, ends[:-1])
-        self._tables = np.concatenate([_tables(head.ints, rows) for head, rows in zip(heads, own_rows, strict=True)])
-        self._step, self._mean = (
-            _padded_stack([head.step for head in heads]),
-            _padded_stack([head.mean for head in heads]),
-        )
-        self._noise = _padded_stack([head.noise for head in heads])
-        width = max(head.offsets.shape[1] for head in heads)
-        self._offsets = _padded_stack(
-            [torch.nn.functional.pad(h.offsets, (0, width - h.offsets.shape[1])) for h in heads]
-        )
+        self._queries = expand(q, keys.expansion, self._keys)
+        self._tables = np.empty((len(self._keys.columns), self._queries.ints.shape[1] // QUAD, 4, 256, 2), np.int64)
+        _fill_tables(self._queries.ints, self._tables)
         self._sm_scale, self._penalty = np.float32(sm_scale), np.float32(debias / 2 * sm_scale**2)
 
     def logits(self, tokens: slice, out: Floats) -> None:
-        keys = self._keys
+        keys, queries = self._keys, self._queries
         _sign_scores(
             keys.words[tokens], keys.scales[tokens], keys.columns, keys.ends, keys.scale_starts,
-            self._tables, self._step, self._mean, self._offsets, out,
+            self._tables, queries.step, queries.mean, queries.offsets, out,
         )  # fmt: skip
-        _finish(keys.scales[tokens], keys.scale_starts, self._noise, self._sm_scale, self._penalty, out)
+        _finish(keys.scales[tokens], keys.scale_starts, queries.noise, self._sm_scale, self._penalty, out)
 
 
 class _DenseKeys:
     def __init__(self, q: Tensor, keys: DenseRows, sm_scale: float) -> None:
-        rows = q.float().unflatten(1, (keys.data.shape[1], -1)).transpose(0, 1).flatten(1, 2)
-        self._queries = _padded_stack(list(rows))
+        self._queries = query_rows(q, keys.data.shape[1])
         self._keys, self._sm_scale = dense_array(keys.data), np.float32(sm_scale)
 
     def logits(self, tokens: slice, out: Floats) -> None:
@@ -112,40 +98,25 @@ class _DenseKeys:
             _dense_scores(self._keys.data[tokens], self._queries, self._sm_scale, out)
 
 
-def _padded_stack(heads: list[Tensor]) -> Floats:
-    """[H, R, ...] of R rows each, with rows of zeros up to a multiple of QUAD."""
-    out = np.zeros((len(heads), padded(len(heads[0])), *heads[0].shape[1:]), np.float32)
-    out[:, : len(heads[0])] = torch.stack(heads).numpy()
-    return out
-
-
-def _tables(ints: Tensor, rows: Ints) -> Ints:
-    """Look-up tables [w, R / 4, 4, 256, 2] of ints [R, m] for the words that begin at `rows`."""
-    whole = np.zeros((padded(len(ints)), ints.shape[1]), np.int64)
-    whole[: len(ints)] = ints.numpy()
-    whole = whole.reshape(-1, QUAD // 2, 2, ints.shape[1] // WORD_ROWS, WORD_ROWS)
-    pairs = ((whole[:, :, 1] << 32) + whole[:, :, 0])[:, :, rows // WORD_ROWS]
-    tables = np.empty((len(rows), len(pairs), 4, 256, QUAD // 2), np.int64)
-    _fill_tables(np.ascontiguousarray(pairs.transpose(2, 0, 1, 3)), tables)
-    return tables
-
-
 @kernel
-def _fill_tables(pairs: Ints, tables: Ints) -> None:
-    """tables[w, q, b, v, p] = sum_j t_j pairs[w, q, p, 8 b + j], t_j of bit j of v; each from v without its last 1."""
+def _fill_tables(ints, tables):
+    """tables[w, q, b, v, p] = sum_j t_j pair_p,8b+j with t_j of bit j of v, each from v without its first 1.
+
+    Pair p of quad q is row 4 q + 2 p of ints[w], and row 4 q + 2 p + 1 in the upper half.
+    """
+    pairs = np.empty(8, np.int64)
     for word in range(tables.shape[0]):
         for quad in range(tables.shape[1]):
-            for byte in range(4):
-                table = tables[word, quad, byte]
-                for pair in range(2):
-                    table[0, pair] = -np.sum(pairs[word, quad, pair, 8 * byte : 8 * byte + 8])
-                for value in range(1, 256):
-                    last = 0
-                    while not (value >> last) & 1:
-                        last += 1
-                    for pair in range(2):
-                        more = 2 * pairs[word, quad, pair, 8 * byte + last]
-                        table[value, pair] = table[value & (value - 1), pair] + more
+            for pair in range(2):
+                row = 4 * quad + 2 * pair
+                for byte in range(4):
+                    for j in range(8):
+                        pairs[j] = ints[word, row, 8 * byte + j] + (ints[word, row + 1, 8 * byte + j] << 32)
+                    tables[word, quad, byte, 0, pair] = -pairs.sum()
+                    for j in range(8):
+                        for value in range(1 << j):
+                            lower = tables[word, quad, byte, value, pair]
+                            tables[word, quad, byte, (1 << j) + value, pair] = lower + 2 * pairs[j]
 
 
 @kernel

@@ -27,15 +27,10 @@ class HeadQueries:
 
 
 def expand(q: Tensor, expansion: Expansion) -> list[HeadQueries]:
-    """The expanded queries of every KV head, of q [T, Hq, D].
-
-    Products are taken in float64, and token by token, so that after rounding to float32 neither the batch around a
-    query nor the order of a sum shows.
-    """
+    """The expanded queries of every KV head, of q [T, Hq, D]."""
     layout = expansion.layout
-    group = query_group(q, layout.heads, layout.head_dim)
-    wide = q.double().unflatten(1, (layout.heads, group))
-    return [_expand_head(wide[:, head], expansion, head) for head in range(layout.heads)]
+    by_head = q.unflatten(1, (layout.heads, query_group(q, layout.heads, layout.head_dim))).unbind(1)
+    return [_expand_head(rows, expansion, head) for head, rows in enumerate(by_head)]
 
 
 def rows_by_group(expansion: Expansion, head: int) -> list[slice | Tensor]:
@@ -50,8 +45,8 @@ def rows_by_group(expansion: Expansion, head: int) -> list[slice | Tensor]:
 
 
 def _expand_head(q: Tensor, expansion: Expansion, head: int) -> HeadQueries:
-    """q [T, group, D] float64."""
-    y = _project(q, expansion.matrix[head].double())
+    """q [T, g, D]."""
+    y = _project(q, expansion.matrix[head])
     step = torch.zeros(len(y)) if y.shape[1] == 0 else y.abs().amax(1) / (2 ** (expansion.query_bits - 1) - 1)
     # GPUs flush what is below float32's normal range to zero: such a query counts as zero everywhere.
     usable = step >= SMALLEST_STEP
@@ -66,15 +61,19 @@ def _expand_head(q: Tensor, expansion: Expansion, head: int) -> HeadQueries:
     return HeadQueries(
         ints=ints,
         step=step * usable,
-        mean=_project(q, expansion.mean[head : head + 1].double()).squeeze(1),
-        offsets=_project(q, basis.double()),
+        mean=_project(q, expansion.mean[head : head + 1]).squeeze(1),
+        offsets=_project(q, basis),
         noise=noise,
     )
 
 
 def _project(q: Tensor, matrix: Tensor) -> Tensor:
-    """float32 [T * group, m] of q [T, group, D] and matrix [m, D]: one product of the same shape a query token."""
+    """<matrix_i, q_r> float32 [T * g, m] of q [T, g, D] and matrix [m, D].
+
+    In float64, by one product of the same shape a query token: after rounding neither the batch around a query nor the
+    order of a sum shows.
+    """
     out = torch.empty(q.shape[0], q.shape[1], matrix.shape[0])
-    for token, rows in zip(out, q, strict=True):
-        token.copy_(rows @ matrix.T)
+    for token, rows in zip(out, q.double(), strict=True):
+        token.copy_(rows @ matrix.double().T)
     return out.flatten(0, 1)
