@@ -2,17 +2,14 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvstore_codecs.plan import KindPlan, SignPlan
 from kvstore_codecs.spec import ModelShape
+from kvstore_kernels.backend import Backend
 from kvstore_kernels.types import NonFiniteError, ScaleRangeError, Signs, as_torch_dtype
-
-if TYPE_CHECKING:
-    from kvstore_kernels.backend import Backend
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class KindRows:
     signs: Signs | None
 
 
-def encode_kind(x: Tensor, plan: KindPlan, exact: int, backend: "Backend") -> KindRows:
+def encode_kind(x: Tensor, plan: KindPlan, exact: int, backend: Backend) -> KindRows:
     """What is stored of x [n, H, D], given in the session's dtype; exact rows are views of it.
 
     Raises NonFiniteError or ScaleRangeError with the token counted from the start of x.
@@ -63,7 +60,7 @@ def check_kind(kind_rows: KindRows, plan: KindPlan, shape: ModelShape, tokens: i
     _check_tensor("scales", signs.scales, (tokens - exact, layout.scales), torch.float16)
     if not signs.scales.isfinite().all():
         raise ValueError("scales: NaN or Inf")
-    if (signs.scales[:, _alphas(plan)] < 0).any():
+    if signs.scales.numel() and (signs.scales[:, _alphas(plan)] < 0).any():
         raise ValueError("scales: a negative alpha")
 
 

@@ -103,6 +103,12 @@ def test_rows_words_and_scales_of_another_shape_or_dtype_are_refused(backend: Ba
         check_kind(KindRows(vectors(10), made.signs), DensePlan(), SHAPE, 10, 4)
 
 
+def test_no_tokens_need_no_columns():
+    """What an append of exact tokens only brings for a layer of signs."""
+    nothing = Signs(torch.empty(0, 0, dtype=torch.int32), torch.empty(0, 0, dtype=torch.float16))
+    check_kind(KindRows(vectors(3), nothing), PLANS[1], SHAPE, 3, 3)
+
+
 def test_exact_rows_of_a_client_are_checked_too(backend: Backend):
     made = encode_kind(vectors(10), PLANS[1], 4, backend)
     rows = made.rows.clone()
