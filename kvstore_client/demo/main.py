@@ -1,5 +1,6 @@
 """`kvstore demo`: one long context, read once, kept by the store, and shared by workers that never held it."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -26,6 +27,8 @@ STAGE_SECONDS = 600.0
 def run(text: Path | None = None) -> int:
     """Shares `text` (default: docstrings of the standard library); 0 if it showed what was promised, else 1."""
     console = Console()
+    # Idle threads that spin would take the cores from the other processes.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # So that what was started is stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

@@ -52,13 +52,13 @@ def broken_promises(outcome: Outcome) -> list[str]:
 
 def table_of(outcome: Outcome) -> Table:
     table = Table(title="One context, read once, attended to by three processes through the store", show_header=False)
-    table.add_column(style="bold", overflow="fold")
+    table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _measures(outcome):
         table.add_row(name, value)
     table.add_section()
-    for question, words in _answers(outcome):
-        table.add_row(question, words)
+    for worker, words in _answers(outcome):
+        table.add_row(worker, words)
     for promise in broken_promises(outcome):
         table.add_row("NOT REACHED", promise, style="red")
     return table
@@ -73,17 +73,17 @@ def _measures(outcome: Outcome) -> Iterator[tuple[str, str]]:
     yield "prefill, append", f"{prefilled.prefill_seconds:.1f} s, {prefilled.append_seconds:.1f} s"
     steps = [*outcome.begun.attend_seconds, *outcome.other.attend_seconds, *outcome.continued.answer.attend_seconds]
     p50, p99 = np.percentile(np.asarray(steps) * 1e3, [50, 99])
-    yield "attend step (one layer)", f"p50 {p50:.2f} ms, p99 {p99:.2f} ms over {len(steps):,} steps"
+    yield "attend, one layer", f"p50 {p50:.2f} ms, p99 {p99:.2f} ms over {len(steps):,} steps"
     speeds = [_speed(outcome.begun), _speed(outcome.other), _speed(outcome.continued.answer)]
     yield (
         "tokens/s",
         "workers 2 and 3 together {:.1f} + {:.1f}; worker 2 alone, after the restart {:.1f}".format(*speeds),
     )
     yield "next token, raw", _raw(outcome.compared.raw)
-    yield "next token, this codec", f"{outcome.top1:.4f} the same over {lossy.positions} positions, KL {lossy.kl:.5f}"
+    yield "next token, codec", f"{outcome.top1:.4f} the same over {lossy.positions} positions, KL {lossy.kl:.5f}"
     moved = outcome.continued.attention_moved
     yield (
-        "kill -9 and restart",
+        "after kill -9",
         f"serves after {outcome.restart_seconds:.1f} s; one query asked again moved by {moved:.1e}",
     )
 
@@ -97,8 +97,8 @@ def _answers(outcome: Outcome) -> Iterator[tuple[Text, Text]]:
     first, second = outcome.text.questions
     before, whole = outcome.begun.text, outcome.continued.answer.text
     restart = (" | server killed and restarted | ", "yellow")
-    yield Text(f"worker 2: {first}"), Text.assemble(before, restart, whole[len(before) :])
-    yield Text(f"worker 3: {second}"), Text(outcome.other.text)
+    yield Text("worker 2"), Text.assemble((f"{first}\n", "bold"), before, restart, whole[len(before) :])
+    yield Text("worker 3"), Text.assemble((f"{second}\n", "bold"), outcome.other.text)
 
 
 def _speed(answer: Answered) -> float:

@@ -44,7 +44,7 @@ def result_of(
         device=device,
         codec=codec,
         offered_rate=sent / load.seconds,
-        achieved_rate=tally.answered / elapsed_seconds,
+        achieved_rate=tally.answered / max(elapsed_seconds, load.seconds),
         answered=tally.answered,
         percentiles={f"p{percent:g}": tally.percentile(percent) for percent in PERCENTILES},
         errors=dict(sorted(tally.errors.items())),
