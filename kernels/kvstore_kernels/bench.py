@@ -45,7 +45,7 @@ def run(json_path: Path | None = None, tokens: int = 32768, rounds: int = 15) ->
     print(f"{'op':<32}{'shape':<44}{'ms':>9}{'ratio':>7}  peer")
     rows = []
     backend = cpu_backend()
-    for row in chain(_attention(backend, tokens, rounds), _coding(backend, rounds)):
+    for row in chain(_attention(backend, tokens, rounds), _coding(backend, min(tokens, CODED_TOKENS), rounds)):
         print(f"{row.name:<32}{row.shape:<44}{row.ms:9.2f}{row.ratio:7.2f}  {row.peer}", flush=True)
         rows.append(row)
     if json_path is not None:
@@ -73,13 +73,13 @@ def _attention(backend: Backend, tokens: int, rounds: int) -> Iterator[Row]:
             yield _row(f"score {kind}", shape, op, "exact float32 scores", partial(_matmul_scores, q, heads[0]), rounds)
 
 
-def _coding(backend: Backend, rounds: int) -> Iterator[Row]:
+def _coding(backend: Backend, tokens: int, rounds: int) -> Iterator[Row]:
     """One layer and kind; the name tells the tokens a second of a whole model, keys and values."""
     for model, (layers, heads, head_dim) in CODED_SHAPES.items():
-        x, shape = torch.randn(CODED_TOKENS, heads, head_dim), f"{CODED_TOKENS} x {heads} x {head_dim}, 4 planes"
+        x, shape = torch.randn(tokens, heads, head_dim), f"{tokens} x {heads} x {head_dim}, 4 planes"
         encoder, expansion = _code(heads, head_dim, 4)
         rows = SignRows(backend.encode(x, encoder), expansion)
-        matrix, signs = encoder.heads[0].projection, torch.randn(CODED_TOKENS, heads, 4 * head_dim).sign()
+        matrix, signs = encoder.heads[0].projection, torch.randn(tokens, heads, 4 * head_dim).sign()
         for name, op, peer, product in (
             ("encode", partial(backend.encode, x, encoder), "float32 projection", partial(torch.matmul, x, matrix.T)),
             (
@@ -90,7 +90,7 @@ def _coding(backend: Backend, rounds: int) -> Iterator[Row]:
             ),
         ):
             row = _row(name, shape, op, peer, product, rounds)
-            print(f"{name}, {model}: {CODED_TOKENS / row.ms * 1e3 / layers / 2:,.0f} tokens/s")
+            print(f"{name}, {model}: {tokens / row.ms * 1e3 / layers / 2:,.0f} tokens/s")
             yield row
 
 

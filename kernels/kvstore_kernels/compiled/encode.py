@@ -23,7 +23,7 @@ def encode(x: Tensor, encoder: Encoder) -> Signs:
     words = np.zeros((len(x), layout.words), np.int32)
     scales = np.zeros((len(x), layout.scales))
     source, means = dense_array(x), encoder.mean.numpy()
-    codes = _codes(encoder) if isinstance(encoder, SignEncoder) else ()
+    codes = _codes(encoder) if isinstance(encoder, SignEncoder) else {}
     count = -(-len(x) // BLOCK_TOKENS)
     finite = np.ones(count, np.bool_)
 
@@ -48,14 +48,16 @@ def encode(x: Tensor, encoder: Encoder) -> Signs:
     return Signs(torch.from_numpy(words), wide.half())
 
 
-def _codes(encoder: SignEncoder) -> tuple[tuple[NDArray, ...], ...]:
-    """For each head what `_signs` reads of its encoder."""
-    groups, norm_factor = encoder.layout.groups, np.array(encoder.norm_factor or ())
-    support = encoder.support.numpy().astype(np.float64)
-    return tuple(
-        (*_code(code, own_groups, groups), np.empty((0, 0)) if encoder.coded_energy else support, norm_factor)
-        for code, own_groups in zip(encoder.heads, encoder.layout.word_groups, strict=True)
-    )
+def _codes(encoder: SignEncoder) -> dict[int, tuple[NDArray, ...]]:
+    """For each head with words what `_signs` reads of its encoder."""
+    norm_factor, support = np.array(encoder.norm_factor or ()), encoder.support.numpy().astype(np.float64)
+    if encoder.coded_energy:
+        support = support[:0]
+    return {
+        head: (*_code(code, groups, encoder.layout.groups), support, norm_factor)
+        for head, (code, groups) in enumerate(zip(encoder.heads, encoder.layout.word_groups, strict=True))
+        if groups
+    }
 
 
 @lru_cache(512)
@@ -136,7 +138,7 @@ def _indices(z, depth, width, sigma, index):
     for c in range(z.shape[0]):
         half = (1 << depth[c]) >> 1
         cell = np.floor(z[c] / (width[c] * gain)) + half
-        cell = min(max(cell, 0.0), 2.0 * half - 1)
+        cell = max(min(cell, 2.0 * half - 1), 0.0)
         index[c] = np.int64(z[c] > 0) if depth[c] == 1 else np.int64(cell)
 
 

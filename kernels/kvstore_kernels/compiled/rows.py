@@ -27,7 +27,7 @@ class DenseArray:
 
 
 def dense_array(data: Tensor) -> DenseArray:
-    data = data.detach()
+    data = data.detach().contiguous()
     if data.dtype in (torch.bfloat16, torch.float16):
         return DenseArray(data.view(torch.int16).numpy(), data.dtype == torch.bfloat16)
     return DenseArray(data.float().numpy(), False)
@@ -56,8 +56,8 @@ def sign_arrays(rows: SignRows) -> SignArrays:
             places.extend(32 * chosen)
             ends.append(len(columns))
     return SignArrays(
-        words=rows.signs.words.numpy(),
-        scales=rows.signs.scales.view(torch.int16).numpy(),
+        words=rows.signs.words.contiguous().numpy(),
+        scales=rows.signs.scales.contiguous().view(torch.int16).numpy(),
         columns=np.array(columns, np.int64),
         ends=np.array(ends, np.int64).reshape(layout.heads, layout.groups),
         scale_starts=np.array(layout.scale_starts, np.int64),

@@ -100,7 +100,7 @@ def _indices(z: Tensor, code: HeadEncoder) -> Tensor:
     gain = (z / sigma)[:, coded].square().mean(1, keepdim=True).sqrt()
     half = torch.where(coded, 2.0 ** (code.depth - 1), 0.0)
     cell = torch.floor(z / (step_widths(code) * torch.where(gain > 0, gain, 1.0))) + half
-    cell = torch.minimum(cell.clamp_(min=0), 2 * half - 1)
+    cell = torch.minimum(cell, 2 * half - 1).clamp_(min=0)
     return torch.where(code.depth == 1, positive, cell).to(torch.uint8)
 
 
