@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 
 from kvstore_client.demo.bars import Bars
-from kvstore_client.demo.messages import Answered, Compared, Continued, Plan, Prefilled, Progress
-from kvstore_client.demo.model import ModelMissing, check_installed
+from kvstore_client.demo.messages import Answered, Compared, Continued, Plan, Prefilled, Progress, Unusable
+from kvstore_client.demo.model import check_installed
 from kvstore_client.demo.processes import WorkerFailed, WorkerProcess, results
 from kvstore_client.demo.server import ServerFailed, ServerProcess
 from kvstore_client.demo.setting import ANSWER_TOKENS, COMPARED_TOKENS, TOKENS
@@ -35,7 +35,7 @@ def run(text: Path | None = None) -> int:
         check_installed()
         with TemporaryDirectory(prefix="kvstore-demo-") as folder:
             outcome = _demonstrate(shared_text(text), Path(folder), console)
-    except (ModelMissing, OSError, ServerFailed, UnicodeDecodeError, WorkerFailed) as error:
+    except (OSError, ServerFailed, UnicodeDecodeError, Unusable, WorkerFailed) as error:
         console.print(f"demo: {error}", style="red", highlight=False)
         return 1
     console.print(table_of(outcome))

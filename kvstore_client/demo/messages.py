@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 
 
+class Unusable(Exception):
+    """The demo cannot work with what it was given; the text says why."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """The same for all workers. Teacher forcing takes the last `compared` tokens of the text."""

