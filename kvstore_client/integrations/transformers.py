@@ -62,7 +62,7 @@ class StoreCache(Cache):
         return self.get_seq_length() - self.end
 
     def attend(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
-        """The store's (out [T, Hq, D], lse [T, Hq]) for the newest T tokens; they are forgotten if it does not answer."""
+        """The store's (out, lse) of the newest T tokens, q [T, Hq, D]; if it does not answer, they are forgotten."""
         try:
             return self.session.attend(layer, q, end=self.end)
         except BaseException:
