@@ -1,11 +1,15 @@
+import importlib
 import importlib.util
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from kvstore_kernels import cpu_backend, open_backend
 from kvstore_kernels.backend import ReferenceBackend
+from kvstore_kernels.compiled import jit
 from kvstore_kernels.compiled.jit import kernel
 from kvstore_kernels.compiled.threads import run
 
@@ -51,3 +55,22 @@ def test_tasks_run_once_each_and_the_first_failure_is_raised() -> None:
             run(list(range(30)).remove, 50)
     finally:
         torch.set_num_threads(1)
+
+
+def test_kept_machine_code_is_not_used_once_a_kernel_that_it_calls_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(jit.__file__, tmp_path / "own_jit.py")
+    (tmp_path / "own_outer.py").write_text(
+        "from own_inner import inner\nfrom own_jit import kernel\n\n@kernel\ndef outer(x):\n    return inner(x) + 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for factor in (2, 3):
+        (tmp_path / "own_inner.py").write_text(
+            f"from own_jit import kernel\n\n@kernel\ndef inner(x):\n    return {factor} * x\n"
+        )
+        for name in ("own_jit", "own_inner", "own_outer"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.invalidate_caches()
+        assert importlib.import_module("own_outer").outer(10) == 10 * factor + 1

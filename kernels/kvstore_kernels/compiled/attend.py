@@ -217,7 +217,7 @@ def _scale(weights, alpha, scaled, totals):
 @kernel
 def _add_zeros(line, weights, bit, zeros):
     """zeros[r, j] += sum over tokens whose bit j is 0 of weights[n, r]; two tokens a pass over the sums."""
-    for token in range(0, line.shape[0], 2):
+    for token in range(0, weights.shape[0], 2):
         word, next_word = line[token], line[token + 1]
         a0, a1, a2, a3 = weights[token, 0], weights[token, 1], weights[token, 2], weights[token, 3]
         b0, b1, b2, b3 = weights[token + 1, 0], weights[token + 1, 1], weights[token + 1, 2], weights[token + 1, 3]

@@ -52,7 +52,7 @@ def expand(q: Tensor, expansion: Expansion, arrays: SignArrays) -> Queries:
     for head, ends in enumerate(arrays.ends):
         matrix, noise = expansion.matrix[head].numpy(), expansion.noise[head].numpy()
         _expand_head(
-            rows[head], matrix, noise, arrays.rows[first : ends[-1]], ends - first, largest,
+            rows[head], matrix, noise, arrays.rows[first : ends[-1]], ends - first, largest, np.float32(SMALLEST_STEP),
             out.ints[first : ends[-1]], out.step[head], out.noise[head],
         )  # fmt: skip
         _project(rows[head], offset_basis, out.offsets[head])
@@ -63,7 +63,7 @@ def expand(q: Tensor, expansion: Expansion, arrays: SignArrays) -> Queries:
 
 
 @kernel
-def _expand_head(queries, matrix, noise, places, ends, largest, ints, step, variance):
+def _expand_head(queries, matrix, noise, places, ends, largest, smallest, ints, step, variance):
     y = np.empty((queries.shape[0], matrix.shape[0]), np.float32)
     _project(queries, matrix, y)
     for row in range(y.shape[0]):
@@ -71,7 +71,7 @@ def _expand_head(queries, matrix, noise, places, ends, largest, ints, step, vari
         for i in range(y.shape[1]):
             best = max(best, abs(y[row, i]))
         width = best / largest
-        usable = width >= SMALLEST_STEP
+        usable = width >= smallest
         step[row] = width if usable else np.float32(0)
         first = 0
         for group in range(ends.shape[0]):
