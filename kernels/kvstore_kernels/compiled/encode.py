@@ -31,6 +31,8 @@ def encode(x: Tensor, encoder: Encoder) -> Signs:
         block = slice(index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS)
         vectors = widen(source.data[block], source.bfloat16) if source.narrow else source.data[block]
         finite[index] = np.isfinite(vectors).all()
+        if not finite[index]:  # NaN has no cell: the kernels would read outside their tables
+            return
         for head, groups in enumerate(layout.word_groups):
             rows = vectors[:, head]
             own_words = words[block, layout.word_starts[head] : layout.word_starts[head + 1]]
