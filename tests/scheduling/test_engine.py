@@ -6,7 +6,7 @@ from time import monotonic
 import pytest
 
 from kvstore_server.errors import DeadlineExceeded, ResourceExhausted, Unavailable
-from kvstore_server.scheduling.engine import Engine
+from kvstore_server.scheduling.engine import Engine, Lane
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ async def test_lanes_alternate_while_both_wait(engine: Engine) -> None:
     gate = threading.Event()
     first = asyncio.create_task(engine.run(gate.wait, soon(), "query"))
     await asyncio.sleep(0.01)
+    waiting: list[tuple[str, Lane]] = [("e1", "encode"), ("e2", "encode"), ("q1", "query"), ("q2", "query")]
     work = [
-        asyncio.create_task(engine.run(lambda name=name: order.append(name), soon(), lane))
-        for name, lane in (("e1", "encode"), ("e2", "encode"), ("q1", "query"), ("q2", "query"))
+        asyncio.create_task(engine.run(lambda name=name: order.append(name), soon(), lane)) for name, lane in waiting
     ]
     await asyncio.sleep(0.01)
     gate.set()
