@@ -14,27 +14,26 @@ BLOCK_TOKENS = 256
 
 
 def decode(rows: Rows) -> Tensor:
-    """As `reference.decode.decode`."""
+    """As `reference.decode`."""
     tokens = tokens_of(rows)
     if not isinstance(rows, SignRows):
         return rows.data.float()
     expansion, stored = rows.expansion, sign_arrays(rows)
+    basis = np.empty((0, 0), np.float32) if expansion.offset_basis is None else expansion.offset_basis.numpy()
     out = np.tile(expansion.mean.numpy(), (tokens, 1, 1))
     by_matrix = {id(matrix): _nibble_tables(matrix) for matrix in expansion.matrix}
 
     def task(index: int) -> None:
         block = slice(index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS)
-        words, scales = stored.words[block], stored.scales[block]
         first = 0
         for head, ends in enumerate(stored.ends):
-            tables, columns = by_matrix[id(expansion.matrix[head])], stored.columns[first : ends[-1]]
-            places = stored.rows[first : ends[-1]]
-            start, end = stored.scale_starts[head : head + 2]
-            factors = scale_lines(scales, start, end)
-            _add_signs(word_lines(words, columns), places, ends - first, tables, factors, out[block, head])
+            own = slice(first, ends[-1])
+            _add_head(
+                stored.words[block], stored.columns[own], stored.rows[own], ends - first,
+                stored.scales[block], stored.scale_starts[head : head + 2],
+                by_matrix[id(expansion.matrix[head])], basis, head, out[block],
+            )  # fmt: skip
             first = ends[-1]
-            if expansion.offset_basis is not None and end > start:
-                out[block, head] += factors[len(ends) :].T @ expansion.offset_basis.numpy()
 
     run(task, -(-tokens // BLOCK_TOKENS))
     return torch.from_numpy(out)
@@ -42,29 +41,55 @@ def decode(rows: Rows) -> Tensor:
 
 def _nibble_tables(matrix: Tensor) -> Floats:
     """[m / 4, 16, D]: sum_j t_j E[4 i + j] with t_j of bit j of the index."""
-    signs = 2.0 * (torch.arange(16).unsqueeze(1) >> torch.arange(4) & 1) - 1
-    return (signs @ matrix.unflatten(0, (-1, 4))).numpy()
+    tables = np.empty((len(matrix) // 4, 16, matrix.shape[1]), np.float32)
+    _fill_tables(matrix.numpy(), tables)
+    return tables
 
 
 @kernel
-def _add_signs(lines, places, ends, tables, factors, out):
-    """out[n] += sum_g factors[g, n] sum_w tables[w][bits], group by group."""
-    total = np.empty(out.shape[1], np.float32)
-    for token in range(out.shape[0]):
-        first = 0
-        for group in range(min(ends.shape[0], factors.shape[0])):
+def _fill_tables(matrix, tables):
+    for nibble in range(tables.shape[0]):
+        for value in range(16):
+            for c in range(matrix.shape[1]):
+                total = np.float32(0)
+                for j in range(4):
+                    row = matrix[4 * nibble + j, c]
+                    total += row if (value >> j) & 1 else -row
+                tables[nibble, value, c] = total
+
+
+@kernel
+def _add_head(words, columns, places, ends, scales, scale_range, tables, basis, head, out):
+    """out[n, h] += sum_g ( alpha_ng E_g^T t_ng + beta_ng f_g )."""
+    lines, factors = word_lines(words, columns), scale_lines(scales, scale_range[0], scale_range[1])
+    total = np.empty((out.shape[0], out.shape[2]), np.float32)
+    first = 0
+    for group in range(factors.shape[0]):
+        if group < ends.shape[0]:
             total[:] = 0
             for word in range(first, ends[group]):
-                _add_word(np.uint32(lines[word, token]), tables[places[word] // 4 : places[word] // 4 + 8], total)
-            for channel in range(out.shape[1]):
-                out[token, channel] += factors[group, token] * total[channel]
+                _add_word(lines[word], tables[places[word] // 4 : places[word] // 4 + 8], total)
             first = ends[group]
+        else:
+            total[:] = basis[group - ends.shape[0]]
+        for token in range(out.shape[0]):
+            for c in range(out.shape[2]):
+                out[token, head, c] += factors[group, token] * total[token, c]
 
 
 @kernel
-def _add_word(bits, tables, total):
-    for nibble in range(0, 8, 2):
-        low = tables[nibble, (bits >> np.uint32(4 * nibble)) & np.uint32(15)]
-        high = tables[nibble + 1, (bits >> np.uint32(4 * nibble + 4)) & np.uint32(15)]
-        for channel in range(total.shape[0]):
-            total[channel] += low[channel] + high[channel]
+def _add_word(line, tables, total):
+    for token in range(total.shape[0]):
+        bits, own = np.uint32(line[token]), total[token]
+        row0, row1 = tables[0, bits & np.uint32(15)], tables[1, (bits >> np.uint32(4)) & np.uint32(15)]
+        row2, row3 = (
+            tables[2, (bits >> np.uint32(8)) & np.uint32(15)],
+            tables[3, (bits >> np.uint32(12)) & np.uint32(15)],
+        )
+        row4, row5 = (
+            tables[4, (bits >> np.uint32(16)) & np.uint32(15)],
+            tables[5, (bits >> np.uint32(20)) & np.uint32(15)],
+        )
+        row6, row7 = tables[6, (bits >> np.uint32(24)) & np.uint32(15)], tables[7, bits >> np.uint32(28)]
+        for c in range(own.shape[0]):
+            own[c] += row0[c] + row1[c] + row2[c] + row3[c] + row4[c] + row5[c] + row6[c] + row7[c]

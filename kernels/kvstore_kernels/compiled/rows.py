@@ -1,6 +1,7 @@
 """Stored rows as the arrays that kernels read."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvstore_kernels.compiled.jit import kernel
-from kvstore_kernels.types import SignRows
+from kvstore_kernels.types import WORD_ROWS, SignLayout, SignRows
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -40,29 +41,32 @@ class SignArrays:
     words: NDArray[np.int32]  # [N, W]
     scales: NDArray[np.int16]  # [N, S], patterns of fp16
     columns: Ints  # [w], where each word lies in a token's words
+    rows: Ints  # [w], the first of the head's 32 rows that a word holds
     ends: Ints  # [H, G], where each group's words end in that list
     scale_starts: Ints  # [H + 1]
-    rows: Ints  # [w], the first of the head's 32 rows that a word holds
 
 
 def sign_arrays(rows: SignRows) -> SignArrays:
-    layout, expansion = rows.expansion.layout, rows.expansion
-    columns, places, ends = [], [], []
-    for head, groups in enumerate(layout.word_groups):
-        own = np.array(groups[: expansion.read_words(head)], np.int64)
-        for group in range(layout.groups):
-            chosen = np.flatnonzero(own == group)
-            columns.extend(layout.word_starts[head] + chosen)
-            places.extend(32 * chosen)
-            ends.append(len(columns))
+    layout = rows.expansion.layout
     return SignArrays(
-        words=rows.signs.words.contiguous().numpy(),
-        scales=rows.signs.scales.contiguous().view(torch.int16).numpy(),
-        columns=np.array(columns, np.int64),
-        ends=np.array(ends, np.int64).reshape(layout.heads, layout.groups),
-        scale_starts=np.array(layout.scale_starts, np.int64),
-        rows=np.array(places, np.int64),
+        rows.signs.words.contiguous().numpy(),
+        rows.signs.scales.contiguous().view(torch.int16).numpy(),
+        *_places(layout, tuple(rows.expansion.read_words(head) for head in range(layout.heads))),
     )
+
+
+@lru_cache(256)
+def _places(layout: SignLayout, read_words: tuple[int, ...]) -> tuple[Ints, Ints, Ints, Ints]:
+    """The last four fields of SignArrays."""
+    columns, rows, ends = [], [], []
+    for head, (groups, count) in enumerate(zip(layout.word_groups, read_words, strict=True)):
+        for group in range(layout.groups):
+            chosen = np.flatnonzero(np.array(groups[:count]) == group)
+            columns.extend(layout.word_starts[head] + chosen)
+            rows.extend(WORD_ROWS * chosen)
+            ends.append(len(columns))
+    by_head = np.array(ends, np.int64).reshape(layout.heads, layout.groups)
+    return np.array(columns, np.int64), np.array(rows, np.int64), by_head, np.array(layout.scale_starts, np.int64)
 
 
 @kernel
