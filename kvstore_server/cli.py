@@ -11,9 +11,6 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from kvstore_client import KVStoreClient, KVStoreError
-from kvstore_server.report import print_info, print_session, print_sessions
-
 TargetOption = Annotated[str, typer.Option(help="host:port of a server", envvar="KVSTORE_TARGET")]
 TARGET = "127.0.0.1:7700"
 
@@ -28,7 +25,11 @@ def main() -> None:
     """Runs the command line; what a server refuses is one line and exit code 1."""
     try:
         app()
-    except KVStoreError as error:
+    except Exception as error:
+        from kvstore_client import KVStoreError  # imports torch, which probes and --help need not wait for
+
+        if not isinstance(error, KVStoreError):
+            raise
         Console(stderr=True).print(f"[red]{error.code}[/]: {error}", highlight=False)
         sys.exit(1)
 
@@ -89,6 +90,9 @@ def health(target: TargetOption = TARGET, timeout_seconds: float = 5.0) -> None:
 @app.command()
 def info(target: TargetOption = TARGET) -> None:
     """What a server is and what it allows."""
+    from kvstore_client import KVStoreClient
+    from kvstore_server.report import print_info
+
     with KVStoreClient(target) as client:
         print_info(client.server_info())
 
@@ -164,6 +168,9 @@ def bench_ops(json: Annotated[Path | None, typer.Option(help="Write the table as
 @sessions.command("list")
 def list_sessions(prefix: str = "", target: TargetOption = TARGET) -> None:
     """Every session: tokens, bytes, ratio, codec."""
+    from kvstore_client import KVStoreClient
+    from kvstore_server.report import print_sessions
+
     with KVStoreClient(target) as client:
         print_sessions(client.list_sessions(prefix))
 
@@ -171,6 +178,9 @@ def list_sessions(prefix: str = "", target: TargetOption = TARGET) -> None:
 @sessions.command()
 def show(name: str, target: TargetOption = TARGET) -> None:
     """One session, all there is to know."""
+    from kvstore_client import KVStoreClient
+    from kvstore_server.report import print_session
+
     with KVStoreClient(target) as client:
         print_session(client.open_session(name).info())
 
@@ -178,6 +188,8 @@ def show(name: str, target: TargetOption = TARGET) -> None:
 @sessions.command()
 def delete(name: str, target: TargetOption = TARGET) -> None:
     """Delete a session; forks keep what they share."""
+    from kvstore_client import KVStoreClient
+
     with KVStoreClient(target) as client:
         deleted = client.delete_session(name)
     print("deleted" if deleted else "there was no such session")

@@ -16,7 +16,7 @@ from kvstore_server.config import Settings, load
 
 from .redis_server import DIE_WITH_PARENT
 
-START_SECONDS = 60
+START_SECONDS = 240
 
 
 def settings_for(data: Path, **sections: dict[str, object]) -> Settings:
