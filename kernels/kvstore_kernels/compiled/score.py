@@ -100,23 +100,30 @@ class _DenseKeys:
 
 @kernel
 def _fill_tables(ints, tables):
-    """tables[w, q, b, v, p] = sum_j t_j pair_p,8b+j with t_j of bit j of v, each from v without its first 1.
+    """tables[w, q, b, v, p] = sum_j t_j pair_p,8b+j with t_j of bit j of v.
 
     Pair p of quad q is row 4 q + 2 p of ints[w], and row 4 q + 2 p + 1 in the upper half.
     """
-    pairs = np.empty(8, np.int64)
+    nibbles = np.empty((2, 16, 2), np.int64)
     for word in range(tables.shape[0]):
         for quad in range(tables.shape[1]):
-            for pair in range(2):
-                row = 4 * quad + 2 * pair
-                for byte in range(4):
-                    for j in range(8):
-                        pairs[j] = ints[word, row, 8 * byte + j] + (ints[word, row + 1, 8 * byte + j] << 32)
-                    tables[word, quad, byte, 0, pair] = -pairs.sum()
-                    for j in range(8):
-                        for value in range(1 << j):
-                            lower = tables[word, quad, byte, value, pair]
-                            tables[word, quad, byte, (1 << j) + value, pair] = lower + 2 * pairs[j]
+            for byte in range(4):
+                for half in range(2):
+                    for pair in range(2):
+                        even, odd = ints[word, 4 * quad + 2 * pair], ints[word, 4 * quad + 2 * pair + 1]
+                        for value in range(16):
+                            total = np.int64(0)
+                            for j in range(4):
+                                row = 8 * byte + 4 * half + j
+                                both = even[row] + (odd[row] << 32)
+                                total += both if (value >> j) & 1 else -both
+                            nibbles[half, value, pair] = total
+                table = tables[word, quad, byte]
+                for high in range(16):
+                    upper0, upper1 = nibbles[1, high, 0], nibbles[1, high, 1]
+                    for low in range(16):
+                        table[16 * high + low, 0] = upper0 + nibbles[0, low, 0]
+                        table[16 * high + low, 1] = upper1 + nibbles[0, low, 1]
 
 
 @kernel
