@@ -9,7 +9,7 @@ from time import monotonic
 
 from kvstore_client import KVStoreClient, KVStoreError
 
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 STOP_SECONDS = 15.0
 
 
