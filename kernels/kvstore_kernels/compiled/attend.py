@@ -1,57 +1,37 @@
-"""Attention over stored rows: blocks of tokens give partial softmax sums, which are merged in the order of tokens.
-
-The sign-weighted sums add a token's weight where its bit is 0, under a mask, and come out as (sum of all weights) - 2
-(that): half the work of adding +-weight, and of the two bits the one that x86 compilers turn into a masked addition.
-"""
+"""Attention over stored rows: blocks of tokens give partial softmax sums, which are merged in the order of tokens."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvstore_kernels.compiled.jit import kernel, reassociating
-from kvstore_kernels.compiled.rows import Floats, dense_array, scale_lines, sign_arrays, widen, word_lines
-from kvstore_kernels.compiled.score import BLOCK_TOKENS, NARROW_TOKENS, KeyReader, key_reader, padded, soft_cap
+from kvstore_kernels.compiled.expand import QUAD, padded
+from kvstore_kernels.compiled.jit import reassociating
+from kvstore_kernels.compiled.keys import KeyReader, key_reader, rows_max
+from kvstore_kernels.compiled.rows import Floats
+from kvstore_kernels.compiled.score import BLOCK_TOKENS, soft_cap
 from kvstore_kernels.compiled.threads import run
+from kvstore_kernels.compiled.values import Doubles, ValueReader, value_reader
 from kvstore_kernels.shapes import check_pair, heads_of, query_group
-from kvstore_kernels.types import DenseRows, Rows, SignRows
-
-ROWS_AT_ONCE = 32
-"""Query rows of a KV head in one pass; with WAVE_BLOCKS it bounds the memory of partial sums."""
+from kvstore_kernels.types import Rows
 
 WAVE_BLOCKS = 64
 """Blocks whose partial sums are kept before they are merged."""
 
-SUM_TOKENS = 256
-"""Tokens whose weighted sum is in float32."""
-
-BIT = np.left_shift(np.uint32(1), np.arange(32, dtype=np.uint32)).view(np.int32)
-
-
-class ValueReader(Protocol):
-    """Values as sums over tokens, from which `combine` makes sum_n p_n v^_n; `width` sums a query row."""
-
-    width: int
-
-    def add(self, tokens: slice, weights: Floats, sums: NDArray[np.float64]) -> None:
-        """Adds the sums of weights [H, R, n] to sums [H, R, width]."""
-        ...
-
-    def combine(self, head: int, sums: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:
-        """[R, D] of sums [R, width] and the sum of weights [R]."""
-        ...
+WAVE_BYTES_MAX = 1 << 26
+WAVE_ROWS_MAX = 32
+"""Query rows of a KV head in one pass: its logits of a block stay in a core's cache."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Partial:
-    """Softmax sums of some tokens relative to their best logit, with any leading dimensions before [R]."""
+    """Softmax sums of some tokens relative to their best logit, with any leading dimensions before [H, R]."""
 
     best: Floats
-    total: NDArray[np.float64]
-    sums: NDArray[np.float64]
+    total: Doubles
+    sums: Doubles
 
     def merged(self) -> "_Partial":
         """The leading dimension summed away, in its order."""
@@ -59,31 +39,34 @@ class _Partial:
         scale = np.exp((self.best - best).astype(np.float64))
         return _Partial(best, (self.total * scale).sum(0), (self.sums * scale[..., None]).sum(0))
 
+    def followed_by(self, count: int) -> "_Partial":
+        """This and `count` empty ones."""
+        return _Partial(_with_zeros(self.best, count), _with_zeros(self.total, count), _with_zeros(self.sums, count))
+
 
 def attend(
     q: Tensor, keys: Rows, values: Rows, *, sm_scale: float, logit_soft_cap: float = 0.0, debias: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.attend.attend`."""
+    """As `reference.attend`."""
     tokens, (heads, head_dim) = check_pair(keys, values), heads_of(keys)
     group = query_group(q, heads, head_dim)
-    out, lse = torch.zeros(*q.shape), torch.full(q.shape[:2], -torch.inf)
-    if tokens == 0:
-        return out, lse
+    out, lse = torch.zeros(len(q), heads, group, head_dim), torch.full((len(q), heads, group), -torch.inf)
     reader = value_reader(values)
-    step = max(1, ROWS_AT_ONCE // group)
-    for start in range(0, len(q), step):
-        part = q[start : start + step]
-        key_rows = key_reader(part, keys, sm_scale=sm_scale, debias=debias)
-        rows = len(part) * group
+    wave = 8 * (WAVE_BLOCKS + 1) * heads * reader.width
+    step = max(1, min(WAVE_ROWS_MAX, rows_max(keys), max(QUAD, WAVE_BYTES_MAX // wave)) // group)
+    for start in range(0, len(q) if tokens else 0, step):
+        part = slice(start, min(start + step, len(q)))
+        rows = (part.stop - start) * group
+        key_rows = key_reader(q[part], keys, sm_scale=sm_scale, debias=debias)
         state = _reduce(key_rows, reader, tokens, (heads, padded(rows)), logit_soft_cap)
         for head in range(heads):
             total = state.total[head, :rows]
             mean = reader.combine(head, state.sums[head, :rows], total) / total[:, None]
-            columns = slice(head * group, (head + 1) * group)
-            out[start : start + step, columns] = torch.from_numpy(mean).float().unflatten(0, (-1, group))
-            log = torch.from_numpy(state.best[head, :rows] + np.log(total)).float()
-            lse[start : start + step, columns] = log.unflatten(0, (-1, group))
-    return out, lse
+            out[part, head] = torch.from_numpy(mean).float().unflatten(0, (-1, group))
+            lse[part, head] = (
+                torch.from_numpy(state.best[head, :rows] + np.log(total)).float().unflatten(0, (-1, group))
+            )
+    return out.flatten(1, 2), lse.flatten(1, 2)
 
 
 def _reduce(keys: KeyReader, values: ValueReader, tokens: int, rows: tuple[int, int], cap: float) -> _Partial:
@@ -92,15 +75,12 @@ def _reduce(keys: KeyReader, values: ValueReader, tokens: int, rows: tuple[int, 
     state = _Partial(np.full(rows, -np.inf, np.float32), np.zeros(rows), np.zeros((*rows, values.width)))
     for first in range(0, blocks, WAVE_BLOCKS):
         count = min(WAVE_BLOCKS, blocks - first)
-        # The sums so far are the first of the wave.
-        wave = _Partial(
-            *(np.concatenate([part[None], np.zeros((count, *part.shape), part.dtype)]) for part in _parts(state))
-        )
+        wave = state.followed_by(count)
 
         def task(index: int, first: int = first, wave: _Partial = wave) -> None:
             start = (first + index) * BLOCK_TOKENS
             block = slice(start, min(start + BLOCK_TOKENS, tokens))
-            weights = np.empty((*rows, block.stop - block.start), np.float32)
+            weights = np.empty((*rows, block.stop - start), np.float32)
             keys.logits(block, weights)
             soft_cap(weights, cap)
             best = wave.best[index + 1] = weights.max(2)
@@ -113,49 +93,8 @@ def _reduce(keys: KeyReader, values: ValueReader, tokens: int, rows: tuple[int, 
     return state
 
 
-def _parts(partial: _Partial) -> tuple[NDArray, NDArray, NDArray]:
-    return partial.best, partial.total, partial.sums
-
-
-def value_reader(values: Rows) -> ValueReader:
-    return _SignValues(values) if isinstance(values, SignRows) else _DenseValues(values)
-
-
-class _SignValues:
-    """Sums of a head: one a group's offset, then one a sign row."""
-
-    def __init__(self, values: SignRows) -> None:
-        self._expansion, self._values = values.expansion, sign_arrays(values)
-        self.width = values.expansion.layout.groups + max(len(matrix) for matrix in values.expansion.matrix)
-
-    def add(self, tokens: slice, weights: Floats, sums: NDArray[np.float64]) -> None:
-        values = self._values
-        _sign_sums(
-            values.words[tokens], values.scales[tokens], values.columns, values.ends, values.scale_starts,
-            values.rows, weights, BIT, sums,
-        )  # fmt: skip
-
-    def combine(self, head: int, sums: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:
-        groups, matrix = self._expansion.layout.groups, self._expansion.matrix[head].numpy()
-        out = total[:, None] * self._expansion.mean[head].numpy().astype(np.float64)
-        out += sums[:, groups : groups + len(matrix)] @ matrix.astype(np.float64)
-        if self._expansion.offset_basis is not None:
-            out += sums[:, :groups] @ self._expansion.offset_basis.numpy().astype(np.float64)
-        return out
-
-
-class _DenseValues:
-    def __init__(self, values: DenseRows) -> None:
-        self._values, self.width = dense_array(values.data), values.data.shape[2]
-
-    def add(self, tokens: slice, weights: Floats, sums: NDArray[np.float64]) -> None:
-        if self._values.narrow:
-            _narrow_sums(self._values.data[tokens], self._values.bfloat16, weights, sums)
-        else:
-            _dense_sums(self._values.data[tokens], weights, sums)
-
-    def combine(self, head: int, sums: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:
-        return sums
+def _with_zeros(x: NDArray, count: int) -> NDArray:
+    return np.concatenate([x[None], np.zeros((count, *x.shape), x.dtype)])
 
 
 @reassociating
@@ -166,114 +105,3 @@ def _row_sums(weights, sums):
             for token in range(weights.shape[2]):
                 total += np.float64(weights[head, row, token])
             sums[head, row] = total
-
-
-@kernel
-def _sign_sums(words, scales, columns, ends, scale_starts, rows, weights, bit, sums):
-    """sums[h, r, G + i] += sum_n weights[h, r, n] alpha_ng t_ni, and sums[h, r, g] += sum_n weights[h, r, n] beta_ng.
-
-    In float32 over SUM_TOKENS tokens, then in float64.
-    """
-    count, groups = words.shape[0], ends.shape[1]
-    scaled = np.zeros(((count + 1) // 2 * 2, 4), np.float32)
-    totals, zeros = np.empty(4), np.empty((4, 32), np.float32)
-    start = 0
-    for head in range(ends.shape[0]):
-        lines = word_lines(words, columns[start : ends[head, -1]])
-        factors = scale_lines(scales, scale_starts[head], scale_starts[head + 1])
-        first = start
-        for group in range(min(groups, factors.shape[0])):
-            for quad in range(weights.shape[1] // 4):
-                own = sums[head, 4 * quad : 4 * quad + 4]
-                _scale(weights[head, 4 * quad : 4 * quad + 4], factors[group], scaled, totals)
-                for word in range(first, ends[head, group]):
-                    place = groups + rows[word]
-                    for token in range(0, count, SUM_TOKENS):
-                        part = slice(token, token + SUM_TOKENS)
-                        zeros[:] = 0
-                        _add_zeros(lines[word - start, part], scaled[part], bit, zeros)
-                        for row in range(4):
-                            for j in range(32):
-                                own[row, place + j] -= 2 * np.float64(zeros[row, j])
-                    for row in range(4):
-                        own[row, place : place + 32] += totals[row]
-            first = ends[head, group]
-        for group in range(groups, factors.shape[0]):
-            for row in range(weights.shape[1]):
-                sums[head, row, group - groups] += _dot(weights[head, row], factors[group])
-        start = ends[head, -1]
-
-
-@kernel
-def _scale(weights, alpha, scaled, totals):
-    """scaled[n, r] = weights[r, n] alpha[n] and its sums over n."""
-    totals[:] = 0
-    for token in range(alpha.shape[0]):
-        for row in range(4):
-            scaled[token, row] = weights[row, token] * alpha[token]
-            totals[row] += scaled[token, row]
-
-
-@kernel
-def _add_zeros(line, weights, bit, zeros):
-    """zeros[r, j] += sum over tokens whose bit j is 0 of weights[n, r]; two tokens a pass over the sums."""
-    for token in range(0, weights.shape[0], 2):
-        word, next_word = line[token], line[token + 1]
-        a0, a1, a2, a3 = weights[token, 0], weights[token, 1], weights[token, 2], weights[token, 3]
-        b0, b1, b2, b3 = weights[token + 1, 0], weights[token + 1, 1], weights[token + 1, 2], weights[token + 1, 3]
-        for j in range(32):
-            sum0, sum1, sum2, sum3 = zeros[0, j], zeros[1, j], zeros[2, j], zeros[3, j]
-            one = (word & bit[j]) != 0
-            sum0 = sum0 if one else sum0 + a0
-            sum1 = sum1 if one else sum1 + a1
-            sum2 = sum2 if one else sum2 + a2
-            sum3 = sum3 if one else sum3 + a3
-            one = (next_word & bit[j]) != 0
-            sum0 = sum0 if one else sum0 + b0
-            sum1 = sum1 if one else sum1 + b1
-            sum2 = sum2 if one else sum2 + b2
-            sum3 = sum3 if one else sum3 + b3
-            zeros[0, j], zeros[1, j], zeros[2, j], zeros[3, j] = sum0, sum1, sum2, sum3
-
-
-@reassociating
-def _dot(weights, beta):
-    total = 0.0
-    for token in range(beta.shape[0]):
-        total += np.float64(weights[token]) * beta[token]
-    return total
-
-
-@kernel
-def _narrow_sums(data, bfloat16, weights, sums):
-    for start in range(0, data.shape[0], NARROW_TOKENS):
-        part = slice(start, start + NARROW_TOKENS)
-        _dense_sums(widen(data[part], bfloat16), weights[:, :, part], sums)
-
-
-@reassociating
-def _dense_sums(rows, weights, sums):
-    """sums[h, r] += sum_n weights[h, r, n] rows[n, h], in float32 over SUM_TOKENS tokens, then in float64."""
-    parts = np.empty((weights.shape[0], weights.shape[1], rows.shape[2]), np.float32)
-    for start in range(0, rows.shape[0], SUM_TOKENS):
-        stop = min(start + SUM_TOKENS, rows.shape[0])
-        parts[:] = 0
-        for token in range(start, stop - 3, 4):
-            for head in range(rows.shape[1]):
-                row0, row1 = rows[token, head], rows[token + 1, head]
-                row2, row3 = rows[token + 2, head], rows[token + 3, head]
-                for row in range(weights.shape[1]):
-                    w0, w1 = weights[head, row, token], weights[head, row, token + 1]
-                    w2, w3 = weights[head, row, token + 2], weights[head, row, token + 3]
-                    part = parts[head, row]
-                    for c in range(part.shape[0]):
-                        part[c] += w0 * row0[c] + w1 * row1[c] + w2 * row2[c] + w3 * row3[c]
-        for token in range(stop - (stop - start) % 4, stop):
-            for head in range(rows.shape[1]):
-                for row in range(weights.shape[1]):
-                    for c in range(rows.shape[2]):
-                        parts[head, row, c] += weights[head, row, token] * rows[token, head, c]
-        for head in range(parts.shape[0]):
-            for row in range(parts.shape[1]):
-                for c in range(parts.shape[2]):
-                    sums[head, row, c] += np.float64(parts[head, row, c])

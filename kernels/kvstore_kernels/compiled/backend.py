@@ -5,6 +5,7 @@ from kvstore_kernels.compiled.attend import attend
 from kvstore_kernels.compiled.decode import decode
 from kvstore_kernels.compiled.encode import encode
 from kvstore_kernels.compiled.score import score
+from kvstore_kernels.compiled.variance import score_variance
 
 
 class CompiledBackend(ReferenceBackend):
@@ -14,3 +15,4 @@ class CompiledBackend(ReferenceBackend):
     score = staticmethod(score)
     attend = staticmethod(attend)
     decode = staticmethod(decode)
+    score_variance = staticmethod(score_variance)

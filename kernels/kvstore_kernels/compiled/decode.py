@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kvstore_kernels.compiled.jit import kernel
-from kvstore_kernels.compiled.rows import Floats, scale_lines, sign_arrays, word_lines
+from kvstore_kernels.compiled.rows import Floats, places_of, scale_array, scale_lines, word_array, word_lines
 from kvstore_kernels.compiled.threads import run
 from kvstore_kernels.shapes import tokens_of
 from kvstore_kernels.types import Rows, SignRows
@@ -18,7 +18,8 @@ def decode(rows: Rows) -> Tensor:
     tokens = tokens_of(rows)
     if not isinstance(rows, SignRows):
         return rows.data.float()
-    expansion, stored = rows.expansion, sign_arrays(rows)
+    expansion, places = rows.expansion, places_of(rows.expansion)
+    words, scales = word_array(rows), scale_array(rows.signs.scales)
     basis = np.empty((0, 0), np.float32) if expansion.offset_basis is None else expansion.offset_basis.numpy()
     out = np.tile(expansion.mean.numpy(), (tokens, 1, 1))
     by_matrix = {id(matrix): _nibble_tables(matrix) for matrix in expansion.matrix}
@@ -26,11 +27,11 @@ def decode(rows: Rows) -> Tensor:
     def task(index: int) -> None:
         block = slice(index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS)
         first = 0
-        for head, ends in enumerate(stored.ends):
+        for head, ends in enumerate(places.ends):
             own = slice(first, ends[-1])
             _add_head(
-                stored.words[block], stored.columns[own], stored.rows[own], ends - first,
-                stored.scales[block], stored.scale_starts[head : head + 2],
+                words[block], places.columns[own], places.rows[own], ends - first,
+                scales[block], places.scale_starts[head : head + 2],
                 by_matrix[id(expansion.matrix[head])], basis, head, out[block],
             )  # fmt: skip
             first = ends[-1]

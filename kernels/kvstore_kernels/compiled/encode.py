@@ -17,7 +17,7 @@ BLOCK_TOKENS = 256
 
 
 def encode(x: Tensor, encoder: Encoder) -> Signs:
-    """As `reference.encode.encode`."""
+    """As `reference.encode`."""
     check_shape(x, encoder)
     layout = encoder.layout
     words = np.zeros((len(x), layout.words), np.int32)

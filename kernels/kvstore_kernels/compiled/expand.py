@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvstore_kernels.compiled.jit import kernel, reassociating
-from kvstore_kernels.compiled.rows import Floats, SignArrays
+from kvstore_kernels.compiled.rows import Floats, Places
 from kvstore_kernels.reference.expand import SMALLEST_STEP
 from kvstore_kernels.types import Expansion
 
@@ -19,7 +19,7 @@ QUAD = 4
 class Queries:
     """The fields of `reference.expand.HeadQueries` for R query rows of each KV head, padded by `query_rows`.
 
-    Words are in the order of SignArrays.columns.
+    Words are in the order of Places.columns.
     """
 
     ints: NDArray[np.int64]  # [w, R, 32]
@@ -33,26 +33,32 @@ def query_rows(q: Tensor, heads: int) -> Floats:
     """q [T, Hq, D] as float32 [H, R, D]: row t * (Hq / H) + g, then rows of zeros up to a multiple of QUAD."""
     rows = q.detach().float().numpy().reshape(len(q), heads, -1, q.shape[2]).swapaxes(0, 1)
     rows = rows.reshape(heads, -1, q.shape[2])
-    return np.pad(rows, ((0, 0), (0, -rows.shape[1] % QUAD), (0, 0)))
+    out = np.zeros((heads, padded(rows.shape[1]), q.shape[2]), np.float32)
+    out[:, : rows.shape[1]] = rows
+    return out
 
 
-def expand(q: Tensor, expansion: Expansion, arrays: SignArrays) -> Queries:
+def padded(rows: int) -> int:
+    return -(-rows // QUAD) * QUAD
+
+
+def expand(q: Tensor, expansion: Expansion, places: Places) -> Queries:
     """The expanded queries of q [T, Hq, D]."""
     rows = query_rows(q, expansion.layout.heads)
     heads, count, basis = len(rows), rows.shape[1], expansion.offset_basis
     offset_basis = np.empty((0, rows.shape[2]), np.float32) if basis is None else basis.numpy()
     out = Queries(
-        ints=np.empty((len(arrays.columns), count, 32), np.int64),
+        ints=np.empty((len(places.columns), count, 32), np.int64),
         step=np.zeros((heads, count), np.float32),
         mean=np.empty((heads, count), np.float32),
         offsets=np.empty((heads, count, len(offset_basis)), np.float32),
         noise=np.zeros((heads, count, expansion.layout.groups), np.float32),
     )
     largest, first = np.float32(2 ** (expansion.query_bits - 1) - 1), 0
-    for head, ends in enumerate(arrays.ends):
+    for head, ends in enumerate(places.ends):
         matrix, noise = expansion.matrix[head].numpy(), expansion.noise[head].numpy()
         _expand_head(
-            rows[head], matrix, noise, arrays.rows[first : ends[-1]], ends - first, largest, np.float32(SMALLEST_STEP),
+            rows[head], matrix, noise, places.rows[first : ends[-1]], ends - first, largest, np.float32(SMALLEST_STEP),
             out.ints[first : ends[-1]], out.step[head], out.noise[head],
         )  # fmt: skip
         _project(rows[head], offset_basis, out.offsets[head])

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvstore_kernels.compiled.jit import kernel
-from kvstore_kernels.types import WORD_ROWS, SignLayout, SignRows
+from kvstore_kernels.types import WORD_ROWS, Expansion, SignLayout, SignRows
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -35,29 +35,22 @@ def dense_array(data: Tensor) -> DenseArray:
 
 
 @dataclass(frozen=True)
-class SignArrays:
-    """Sign rows of all heads. The w words that the expansion reads are listed by head and, in a head, by group."""
+class Places:
+    """Where an expansion finds its rows: the w words that it reads, by head and, in a head, by group."""
 
-    words: NDArray[np.int32]  # [N, W]
-    scales: NDArray[np.int16]  # [N, S], patterns of fp16
-    columns: Ints  # [w], where each word lies in a token's words
+    columns: Ints  # [w], each word's place in a token's words
     rows: Ints  # [w], the first of the head's 32 rows that a word holds
-    ends: Ints  # [H, G], where each group's words end in that list
+    ends: Ints  # [H, G], where each group's words end in this list
     scale_starts: Ints  # [H + 1]
 
 
-def sign_arrays(rows: SignRows) -> SignArrays:
-    layout = rows.expansion.layout
-    return SignArrays(
-        rows.signs.words.contiguous().numpy(),
-        rows.signs.scales.contiguous().view(torch.int16).numpy(),
-        *_places(layout, tuple(rows.expansion.read_words(head) for head in range(layout.heads))),
-    )
+def places_of(expansion: Expansion) -> Places:
+    layout = expansion.layout
+    return _places(layout, tuple(expansion.read_words(head) for head in range(layout.heads)))
 
 
 @lru_cache(256)
-def _places(layout: SignLayout, read_words: tuple[int, ...]) -> tuple[Ints, Ints, Ints, Ints]:
-    """The last four fields of SignArrays."""
+def _places(layout: SignLayout, read_words: tuple[int, ...]) -> Places:
     columns, rows, ends = [], [], []
     for head, (groups, count) in enumerate(zip(layout.word_groups, read_words, strict=True)):
         for group in range(layout.groups):
@@ -65,8 +58,22 @@ def _places(layout: SignLayout, read_words: tuple[int, ...]) -> tuple[Ints, Ints
             columns.extend(layout.word_starts[head] + chosen)
             rows.extend(WORD_ROWS * chosen)
             ends.append(len(columns))
-    by_head = np.array(ends, np.int64).reshape(layout.heads, layout.groups)
-    return np.array(columns, np.int64), np.array(rows, np.int64), by_head, np.array(layout.scale_starts, np.int64)
+    return Places(
+        columns=np.array(columns, np.int64),
+        rows=np.array(rows, np.int64),
+        ends=np.array(ends, np.int64).reshape(layout.heads, layout.groups),
+        scale_starts=np.array(layout.scale_starts, np.int64),
+    )
+
+
+def word_array(rows: SignRows) -> NDArray[np.int32]:
+    """[N, W]."""
+    return rows.signs.words.contiguous().numpy()
+
+
+def scale_array(scales: Tensor) -> NDArray[np.int16]:
+    """fp16 patterns [N, S]."""
+    return scales.contiguous().view(torch.int16).numpy()
 
 
 @kernel
