@@ -72,7 +72,8 @@ def _add_head(words, columns, places, ends, scales, scale_range, tables, basis, 
                 _add_word(lines[word], tables[places[word] // 4 : places[word] // 4 + 8], total)
             first = ends[group]
         else:
-            total[:] = basis[group - ends.shape[0]]
+            for c in range(out.shape[2]):
+                total[:, c] = basis[group - ends.shape[0], c]
         for token in range(out.shape[0]):
             for c in range(out.shape[2]):
                 out[token, head, c] += factors[group, token] * total[token, c]

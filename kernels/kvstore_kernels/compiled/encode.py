@@ -127,11 +127,13 @@ def _project(x, projection, z):
 @kernel
 def _indices(z, depth, width, sigma, index):
     """The cell of every coordinate; a vector of zeros lies in the cells that begin at 0."""
-    if depth.max() <= 1:
+    deepest, energy, coded = np.int64(0), 0.0, 0
+    for c in range(z.shape[0]):
+        deepest = max(deepest, depth[c])
+    if deepest <= 1:
         for c in range(z.shape[0]):
             index[c] = np.int64(z[c] > 0)
         return
-    energy, coded = 0.0, 0
     for c in range(z.shape[0]):
         if depth[c] > 0:
             energy += (z[c] / sigma[c]) ** 2
@@ -180,7 +182,9 @@ def _affine(rows, mean, planes, words, scales):
         for group in range(groups):
             for j in range(32):
                 x[j] = rows[row, 32 * group + j] - mean[32 * group + j]
-            low, high = x.min(), x.max()
+            low = high = x[0]
+            for j in range(1, 32):
+                low, high = min(low, x[j]), max(high, x[j])
             width = high - low if high > low else 1.0
             bits[:] = 0
             for j in range(32):

@@ -84,7 +84,7 @@ class _DenseKeys:
         if self._keys.narrow:
             _narrow_scores(self._keys.data[tokens], self._keys.bfloat16, self._queries, self._sm_scale, out)
         else:
-            _dense_scores(self._keys.data[tokens], self._queries, self._sm_scale, out)
+            _dense_scores(self._keys.data[tokens], 0, self._queries, self._sm_scale, out)
 
 
 @kernel
@@ -124,7 +124,7 @@ def _sign_scores(words, scales, columns, ends, scale_starts, tables, step, mean,
         lines = word_lines(words, columns[start : ends[head, -1]])
         factors = scale_lines(scales, scale_starts[head], scale_starts[head + 1])
         for row in range(out.shape[1]):
-            out[head, row] = mean[head, row]
+            out[head, row, :] = mean[head, row]
         first = start
         for group in range(min(ends.shape[1], factors.shape[0])):
             for quad in range(tables.shape[1]):
@@ -183,14 +183,14 @@ def _finish(scales, scale_starts, noise, sm_scale, penalty, out):
 @kernel
 def _narrow_scores(data, bfloat16, queries, sm_scale, out):
     for start in range(0, data.shape[0], NARROW_TOKENS):
-        rows = widen(data[start : start + NARROW_TOKENS], bfloat16)
-        _dense_scores(rows, queries, sm_scale, out[:, :, start : start + NARROW_TOKENS])
+        _dense_scores(widen(data[start : start + NARROW_TOKENS], bfloat16), start, queries, sm_scale, out)
 
 
 @reassociating
-def _dense_scores(rows, queries, sm_scale, out):
-    """out[h, r, n] = sm_scale <queries_hr, rows_nh>, in the order in which the rows lie in memory."""
+def _dense_scores(rows, first, queries, sm_scale, out):
+    """out[h, r, first + n] = sm_scale <queries_hr, rows_nh>, in the order in which the rows lie in memory."""
     for token in range(rows.shape[0]):
+        place = first + token
         for head in range(rows.shape[1]):
             key = rows[token, head]
             for row in range(0, queries.shape[1], 4):
@@ -202,5 +202,5 @@ def _dense_scores(rows, queries, sm_scale, out):
                     dot1 += query1[channel] * key[channel]
                     dot2 += query2[channel] * key[channel]
                     dot3 += query3[channel] * key[channel]
-                out[head, row, token], out[head, row + 1, token] = dot0 * sm_scale, dot1 * sm_scale
-                out[head, row + 2, token], out[head, row + 3, token] = dot2 * sm_scale, dot3 * sm_scale
+                out[head, row, place], out[head, row + 1, place] = dot0 * sm_scale, dot1 * sm_scale
+                out[head, row + 2, place], out[head, row + 3, place] = dot2 * sm_scale, dot3 * sm_scale

@@ -81,7 +81,7 @@ class _DenseValues:
         if self._values.narrow:
             _narrow_sums(self._values.data[tokens], self._values.bfloat16, weights, sums)
         else:
-            _dense_sums(self._values.data[tokens], weights, sums)
+            _dense_sums(self._values.data[tokens], 0, weights, sums)
 
     def combine(self, head: int, sums: Doubles, total: Doubles) -> Doubles:
         return sums
@@ -115,7 +115,8 @@ def _sign_sums(words, scales, columns, ends, scale_starts, rows, weights, bit, s
                             for j in range(32):
                                 own[row, place + j] -= 2 * np.float64(zeros[row, j])
                     for row in range(4):
-                        own[row, place : place + 32] += totals[row]
+                        for j in range(32):
+                            own[row, place + j] += totals[row]
             first = ends[head, group]
         for group in range(groups, factors.shape[0]):
             for row in range(weights.shape[1]):
@@ -166,13 +167,12 @@ def _dot(weights, beta):
 @kernel
 def _narrow_sums(data, bfloat16, weights, sums):
     for start in range(0, data.shape[0], NARROW_TOKENS):
-        part = slice(start, start + NARROW_TOKENS)
-        _dense_sums(widen(data[part], bfloat16), weights[:, :, part], sums)
+        _dense_sums(widen(data[start : start + NARROW_TOKENS], bfloat16), start, weights, sums)
 
 
 @reassociating
-def _dense_sums(rows, weights, sums):
-    """sums[h, r] += sum_n weights[h, r, n] rows[n, h], in float32 over SUM_TOKENS tokens, then in float64."""
+def _dense_sums(rows, first, weights, sums):
+    """sums[h, r] += sum_n weights[h, r, first + n] rows[n, h], in float32 over SUM_TOKENS tokens, then in float64."""
     parts = np.empty((weights.shape[0], weights.shape[1], rows.shape[2]), np.float32)
     for start in range(0, rows.shape[0], SUM_TOKENS):
         stop = min(start + SUM_TOKENS, rows.shape[0])
@@ -182,8 +182,8 @@ def _dense_sums(rows, weights, sums):
                 row0, row1 = rows[token, head], rows[token + 1, head]
                 row2, row3 = rows[token + 2, head], rows[token + 3, head]
                 for row in range(weights.shape[1]):
-                    w0, w1 = weights[head, row, token], weights[head, row, token + 1]
-                    w2, w3 = weights[head, row, token + 2], weights[head, row, token + 3]
+                    w0, w1 = weights[head, row, first + token], weights[head, row, first + token + 1]
+                    w2, w3 = weights[head, row, first + token + 2], weights[head, row, first + token + 3]
                     part = parts[head, row]
                     for c in range(part.shape[0]):
                         part[c] += w0 * row0[c] + w1 * row1[c] + w2 * row2[c] + w3 * row3[c]
@@ -191,7 +191,7 @@ def _dense_sums(rows, weights, sums):
             for head in range(rows.shape[1]):
                 for row in range(weights.shape[1]):
                     for c in range(rows.shape[2]):
-                        parts[head, row, c] += weights[head, row, token] * rows[token, head, c]
+                        parts[head, row, c] += weights[head, row, first + token] * rows[token, head, c]
         for head in range(parts.shape[0]):
             for row in range(parts.shape[1]):
                 for c in range(parts.shape[2]):
