@@ -49,12 +49,26 @@ class Backend(Protocol):
         sm_scale: float,
         logit_soft_cap: float = 0.0,
         debias: float = 0.0,
-        beside: State | None = None,
     ) -> State:
         """Out float32 [T, Hq, D] and natural-log lse float32 [T, Hq]; no tokens give (0, -inf).
 
-        The share `debias` of half of each key's variance is taken off its logit before the soft cap. `beside` is such a
-        result over other tokens, and is merged in.
+        The share `debias` of half of each key's variance is taken off its logit before the soft cap.
+        """
+        ...
+
+    def attend_all(
+        self,
+        q: Tensor,
+        parts: Sequence[tuple[Stored, Stored]],
+        *,
+        sm_scale: float,
+        logit_soft_cap: float,
+        debias: float,
+        kept: dict[Any, Any],
+    ) -> State:
+        """As `attend`, over the keys and values of all of at least one part; out is in q's dtype.
+
+        `kept` belongs to exactly these parts: a backend keeps in it what makes the next call cheaper.
         """
         ...
 
@@ -74,6 +88,10 @@ class Backend(Protocol):
         """Whether an error means that the device is lost."""
         ...
 
+    def beside(self) -> "Backend":
+        """The same device for another thread, whose work is not ordered with this one's."""
+        ...
+
 
 class ReferenceBackend:
     """torch alone: the oracle, and the CPU where numba is not installed."""
@@ -83,22 +101,25 @@ class ReferenceBackend:
     encode = staticmethod(reference.encode)
     score = staticmethod(reference.score)
     topk = staticmethod(reference.topk)
-    _attend = staticmethod(reference.attend)
+    attend = staticmethod(reference.attend)
     _decode = staticmethod(reference.decode)
 
-    def attend(
+    def attend_all(
         self,
         q: Tensor,
-        keys: Rows,
-        values: Rows,
+        parts: Sequence[tuple[Rows, Rows]],
         *,
         sm_scale: float,
-        logit_soft_cap: float = 0.0,
-        debias: float = 0.0,
-        beside: State | None = None,
+        logit_soft_cap: float,
+        debias: float,
+        kept: dict[Any, Any],
     ) -> State:
-        state = self._attend(q, keys, values, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap, debias=debias)
-        return state if beside is None else merge_states([beside, state])
+        states = [
+            self.attend(q, keys, values, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap, debias=debias)
+            for keys, values in parts
+        ]
+        out, lse = states[0] if len(states) == 1 else merge_states(states)
+        return out.to(q.dtype), lse
 
     def decode(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Tensor:
         return self._decode(rows).to(dtype)
@@ -108,6 +129,9 @@ class ReferenceBackend:
 
     def is_fatal(self, error: BaseException) -> bool:
         return False
+
+    def beside(self) -> Backend:
+        return self
 
 
 def cpu_backend() -> Backend:

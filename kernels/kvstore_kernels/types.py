@@ -123,6 +123,14 @@ class Expansion:
                 forms[head, group] = own.T @ (self.noise[head][of_row == group].unsqueeze(1) * own)
         return forms
 
+    @cached_property
+    def noise_factor(self) -> Tensor | None:
+        """float32 [H, G] where N_g(q) = noise_factor[h, g] |q|^2, as for whole orthogonal blocks; None otherwise."""
+        factor = self.noise_form.diagonal(dim1=2, dim2=3).mean(2)
+        identity = torch.eye(self.layout.head_dim)
+        error = (self.noise_form - factor[..., None, None] * identity).abs().amax((2, 3))
+        return factor if bool((error <= 1e-5 * factor).all()) else None
+
 
 @dataclass(frozen=True)
 class SignRows:

@@ -32,6 +32,9 @@ def score_variance(q: Tensor, expansion: Expansion, mean_squares: Tensor) -> Ten
     """
     heads, head_dim = expansion.layout.heads, expansion.layout.head_dim
     group = query_group(q, heads, head_dim)
+    if (factor := expansion.noise_factor) is not None:
+        by_head = (factor * mean_squares).sum(1).float().repeat_interleave(group)
+        return q.float().square().sum(2) * by_head
     rows = q.float().unflatten(1, (heads, group)).transpose(0, 1).flatten(1, 2)  # [H, R, D]
     out = torch.zeros(heads, rows.shape[1])
     for form, squares in zip(expansion.noise_form.unbind(1), mean_squares.float().unbind(1), strict=True):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -25,3 +27,16 @@ def test_score_variance_is_the_mean_over_stored_tokens(by: Expansion) -> None:
 def test_sums_of_squares_of_no_tokens_are_zero() -> None:
     layout = expansion().layout
     assert not sum_of_squares(torch.zeros(0, layout.scales, dtype=torch.float16), alpha_columns(layout)).any()
+
+
+def test_orthogonal_blocks_of_equal_noise_need_no_form() -> None:
+    by = expansion((8, 8))
+    basis = torch.linalg.qr(normal(64, 64))[0]
+    whole = replace(by, matrix=(torch.cat([basis, 2 * basis, basis, basis]),) * 2, noise=(torch.full((256,), 0.3),) * 2)
+    assert by.noise_factor is None
+    assert whole.noise_factor is not None
+    squares, q = normal(2, 1).square().double(), normal(3, 4, 64)
+    expected = torch.einsum(
+        "thrd,hde,thre->thr", q.unflatten(1, (2, 2)), whole.noise_form[:, 0], q.unflatten(1, (2, 2))
+    )
+    assert_close(score_variance(q, whole, squares), (expected * squares.view(2, 1)).flatten(1).float(), rtol=1e-4)

@@ -12,5 +12,5 @@ class CompiledBackend(ReferenceBackend):
 
     encode = staticmethod(encode)
     score = staticmethod(score)
-    _attend = staticmethod(attend)
+    attend = staticmethod(attend)
     _decode = staticmethod(decode)

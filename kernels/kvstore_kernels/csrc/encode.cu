@@ -1,0 +1,139 @@
+// Sign sketches of vectors: z = P (x - mean) on tensor cores, its signs or quantiser cells as packed rows, and the scales.
+//
+// Grid (blocks, codes), WARPS warps. A code is a projection with the heads that share it; its vectors are counted token-major
+// over these heads, and a warp takes every (WARPS * blocks)-th tile of 16 TILES of them. Lane (g = lane / 4, t = lane % 4)
+// reads channels 32 p + 8 t .. + 7 of vectors g, g + 8, .. of the tile, once: with the columns of A permuted these are its
+// part of it, and the matrix is stored in the order in which lanes need it as B, 16 bytes of shared memory a lane for 8
+// columns x 32 channels. The columns of z are permuted too: of the 128 of a unit a lane ends up with 32 t .. 32 t + 31,
+// all of one word.
+//
+// x of INPUT (0 float32, 1 float16, 2 bfloat16) [N, H, D], `stride` numbers between tokens. mean float32 [H, D]. codes: Code.
+// places: Place, the heads of the codes one after the other. matrix: halves, for each unit, tile j of 16 and piece p of
+// channels [8 columns n][32 channels]; column n is 32 (n / 2) + 31 - 2 j - n % 2 of the unit. word_groups int
+// [units * 4] (GROUPS > 1). columns, rows: planes.cuh (PLANES). support float32 [G, D] (SUPPORT). norm_factor float32 [G]
+// (NORM). words int [N, width], scales halves [N, scale_width], record: Record, which the caller sets to the greatest numbers.
+//
+// Numbers: x - mean in float32, times a power of two that brings a bound of it (the greatest |x| and |mean| together) to
+// 2^14 .. 2^15, then rounded to half: neither tiny nor huge vectors lose bits. The matrix is P times a power of two a
+// column (-P without PLANES: then the sign bit of z is the row). Sums are over columns in one order whatever the tile, so a
+// sketch depends on its vector alone. Of an x that is not finite something is stored.
+//
+// Macros: HEAD_DIM, INPUT, TILES, WARPS, BLOCKS (on a multiprocessor), RESIDENT (the matrix is in shared memory), GROUPS,
+// SUPPORT (0: one group of all channels), NORM, CODED_ENERGY, ALIKE (a lane's vectors have the same head), PLANES (0: every
+// coordinate is a row; else the planes of the deepest coordinate).
+#include "tile.cuh"
+
+#define SIGN_TILES 4  // at a time
+#if PLANES
+#include "planes.cuh"
+#endif
+
+struct Code {
+    int unit, units;
+    int place, heads;
+    int words, word;  // of each head; where its rows begin in `rows`
+    float factor;     // without PLANES of alpha, for the power of two of the matrix; else 1 / coded coordinates
+};
+
+#if !PLANES
+// The signs of z as words, and sum |z| of each group for the vector that the lane answers for.
+__device__ __forceinline__ void take_signs(const Tile& tile, const Code& code, const uint4* matrix, const int* word_groups, int out,
+                                           u32* words, float (&along)[GROUPS]) {
+    const int t = threadIdx.x & 3;
+    float sums[GROUPS][ROWS] = {};
+#pragma unroll 1
+    for (int unit = 0; unit < code.units; unit++) {
+        u32 word[ROWS] = {};
+        float sum[ROWS] = {};
+        project<SIGN_TILES>(tile, matrix + unit * UNIT_PIECES, 16 / SIGN_TILES, [&](int, const float (&z)[ROWS][2 * SIGN_TILES]) {
+#pragma unroll
+            for (int i = 0; i < 2 * SIGN_TILES; i++)
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) {
+                    word[r] = __funnelshift_l(__float_as_uint(z[r][i]), word[r], 1);
+                    sum[r] += fabsf(z[r][i]);
+                }
+        });
+        const int own = 4 * unit + t, group = GROUPS > 1 ? word_groups[own] : 0;
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+#pragma unroll
+            for (int i = 0; i < GROUPS; i++) sums[i][r] += i == group ? sum[r] : 0;
+            const int to = of_row(out, r);
+            if (own < code.words && to >= 0) words[to + own] = word[r];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++)
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) keep_own(along[i], quad_sum(sums[i][r]), r);
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
+    encode(const void* __restrict__ x, const float* __restrict__ mean, const Code* __restrict__ codes, const Place* __restrict__ places,
+           const uint4* __restrict__ matrix, const int* __restrict__ word_groups, const float4* __restrict__ columns,
+           const uint2* __restrict__ rows, const float* __restrict__ support, const float* __restrict__ norm_factor,
+           u32* __restrict__ words, u16* __restrict__ scales, Record* __restrict__ record, i64 tokens, i64 stride, i64 heads,
+           i64 width, i64 scale_width, i64 heads_most, i64 units_most, i64 words_most) {
+    extern __shared__ __align__(16) u8 shared[];
+    let_next_kernel_start();
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    if (threadIdx.x < sizeof(Code) / 4) ((int*)shared)[threadIdx.x] = ((const int*)(codes + blockIdx.y))[threadIdx.x];
+    __syncthreads();
+    const Code& code = *(const Code*)shared;  // read again where it is needed: registers are scarce
+    const Means means{(Place*)(shared + 32), (float*)(shared + 32 + heads_most * sizeof(Place))};
+    float* own_support = means.rows + heads_most * MEAN_ROW;
+    uint4* at = (uint4*)(own_support + (SUPPORT ? GROUPS * HEAD_DIM : 0));
+    uint4* raw = at + warp * RAW_PIECES;
+    at += WARPS * RAW_PIECES;
+    matrix += (i64)code.unit * UNIT_PIECES;
+    if (RESIDENT) {
+        for (int i = threadIdx.x; i < code.units * UNIT_PIECES; i += WARPS * 32) copy_async(shared_address(at + i), matrix + i);
+        matrix = at;
+        at += units_most * UNIT_PIECES;
+    }
+#if PLANES
+    const Planes planes((u8*)at, warp, columns, rows, code, units_most, words_most);
+#endif
+    for (int i = threadIdx.x; i < (SUPPORT ? GROUPS * HEAD_DIM : 0); i += WARPS * 32) own_support[i] = support[i];
+    for (int slot = warp; slot < code.heads; slot += WARPS) means.read(slot, places[code.place + slot], mean, lane);
+    close_copies();
+    __syncthreads();
+
+    const Source source{x, (int)(tokens * code.heads), code.heads, (int)width, stride};
+    const int step = WARPS * gridDim.x * TILE;
+    int first = (warp * gridDim.x + blockIdx.x) * TILE;
+    if (first < source.count) fetch(raw, source, Owned(first, source), means);
+    close_copies();
+    await_copies<1>();
+    __syncthreads();
+    for (; first < source.count; first += step) {
+        Tile tile;
+        await_copies<0>();
+        const int out = read_tile(tile, raw, source, Owned(first, source), means, own_support, &record->not_finite, first, heads);
+        if (first + step < source.count) fetch(raw, source, Owned(first + step, source), means);
+        close_copies();
+        if (!code.words) continue;
+        u32* tile_words = words + first / code.heads * width;
+        float along[GROUPS] = {};
+#if PLANES
+        planes.take(tile, code, matrix + lane, out, tile_words, along);
+#else
+        take_signs(tile, code, matrix + lane, word_groups + 4 * code.unit, out, tile_words, along);
+#endif
+        forget(first);
+        const Owned owned(first, source);
+        const Place place = means.places[owned.slot];
+#pragma unroll
+        for (int group = 0; group < GROUPS; group++) {
+            const float energy = tile.energy[group];
+            float alpha = NORM ? norm_factor[group] * sqrtf(energy) : along[group] > 0 ? energy / along[group] * (PLANES ? 1 : code.factor) : 0;
+            alpha *= tile.unscale;
+            if (!owned.present) continue;
+            if (!(alpha <= FP16_MAX)) atomicMin(&record->beyond, owned.token * heads + place.head);
+            scales[owned.token * scale_width + place.scale + group] = (u16)to_halves(alpha, alpha);
+        }
+    }
+    await_previous_kernel();
+}

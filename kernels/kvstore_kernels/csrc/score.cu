@@ -1,0 +1,107 @@
+// Logits of stored sign sketches, [rows, tokens], from device pages: <q, k^> in exact integers, then scales and soft cap.
+//
+// Grid (splits, H, ceil(R / ROWS)), 8 warps: a block takes the pages of one split of one head and ROWS = 4 ROW_TILES query
+// rows, a warp every eighth page. Layout of a page and of the products: logits.cuh; of the queries: query.cuh.
+//
+// slab: device pages; table int [pages]: where each page begins, in 512-byte units. heads: Head [H]. unit_words int
+// [H][UNITS][9]: query.cuh. y: what expand.cu wrote. out float32 or (OUT_HALF) float16 [T, Hq, out_stride], written at
+// columns `position - origin` for positions in [first, end) alone; origin and out_stride are multiples of 8.
+// Macros: UNITS, PLANES, KEY_GROUPS, KEY_OFFSETS, SOFT_CAP, ROW_TILES, OUT_HALF.
+#define DEBIAS 0
+#define WARPS 8
+#include "logits.cuh"
+
+#define SCALE_BYTES (KEY_SCALES * 512)
+
+__device__ __forceinline__ void store_one(void* out, i64 at, float v) {
+    if (OUT_HALF)
+        ((u16*)out)[at] = (u16)to_halves(v, v);
+    else
+        ((float*)out)[at] = v;
+}
+
+// Two neighbouring tokens of a row.
+__device__ __forceinline__ void store_pair(void* out, i64 at, float a, float b) {
+    if (OUT_HALF)
+        *(u32*)((u16*)out + at) = to_halves(a, b);
+    else
+        *(float2*)((float*)out + at) = make_float2(a, b);
+}
+
+extern "C" __global__ void TWO_BLOCKS
+    score(const u8* __restrict__ slab, const int* __restrict__ table, const Head* __restrict__ heads,
+          const int* __restrict__ unit_words, const float* __restrict__ y, void* __restrict__ out, i64 page_first, i64 page_end,
+          i64 split_pages, i64 first, i64 end, i64 origin, i64 out_stride, i64 rows, i64 query_heads, i64 group, i64 y_stride,
+          i64 y_extra, float unit, float cap) {
+    extern __shared__ __align__(128) u8 shared[];
+    u8* pieces = shared;
+    u8* scales = pieces + WARPS * RING * PIECE;
+    uint2* planes = (uint2*)(scales + WARPS * 2 * SCALE_BYTES);
+    float* constants = (float*)((u8*)planes + QUERY_PLANES_BYTES);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, h = blockIdx.y;
+    const i64 row_first = (i64)blockIdx.z * ROWS;
+    scales += warp * 2 * SCALE_BYTES;
+    const Ring ring(pieces + warp * RING * PIECE);
+    const Head head = heads[h];
+    const int* units = unit_words + h * UNITS * 9;
+    const int last = (int)min(page_end, page_first + (blockIdx.x + 1) * split_pages);
+    int page = (int)(page_first + blockIdx.x * split_pages) + warp;
+
+    // This page and the next; where the one after begins is read a page before it is needed. Past the end: any page.
+    auto page_at = [&](int entry) { return slab + (i64)entry * 512; };
+    auto entry_of = [&](int of) { return table[min(of, last - 1)]; };
+    const u8* here = page_at(entry_of(page));
+    const u8* next = page_at(entry_of(page + WARPS));
+    int buffer = 0;
+    KeyWalk walk{here, head, units};
+    // Asks for piece `number` of the passes over this page, or over the next.
+    auto push = [&](int number) {
+        const bool after = number >= KEY_PIECES;
+        const int own = after ? number - KEY_PIECES : number;
+        const u8* from = after ? next : here;
+        if (own == 0)
+            for (int s = 0; s < KEY_SCALES; s++)
+                copy_async_or_zero(shared_address(scales + (buffer ^ after) * SCALE_BYTES + s * 512 + lane * 16),
+                                   from + (i64)(head.scale_start + s) * 512 + lane * 16, head.stored);
+        walk.push(ring, number, from, own % PASS_PIECES);
+    };
+    for (int i = 0; i < RING; i++) push(i);
+
+    await_previous_kernel();
+    prepare_queries(planes, constants, Queries{y + (i64)h * rows * y_stride, rows, row_first, y_stride, y_extra, unit, 0}, head,
+                    units, nullptr);
+    __syncthreads();
+
+    for (; page < last; page += WARPS) {
+        const int after_next = entry_of(page + 2 * WARPS);
+        const i64 start = (i64)page * PAGE;
+        const int from = (int)max(first - start, 0ll), to = (int)min(end - start, (i64)PAGE);
+#pragma unroll 1
+        for (int tile = 0; tile < ROW_TILES; tile++) {
+            PageLogits x;
+            const int passed = REREAD ? 0 : tile * PASS_PIECES;
+            page_logits(x, ring, planes + tile * UNITS * STEPS * 32, constants + tile * 4 * ROW_CONSTANTS,
+                        (const u16*)(scales + buffer * SCALE_BYTES), units, cap, tile == ROW_TILES - 1, [&](int number) { push(passed + number + RING); });
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const i64 row = row_first + tile * 4 + 2 * (lane & 1) + r;
+                if (row >= rows) continue;
+                const i64 at = (row / group * query_heads + h * group + row % group) * out_stride + start - origin;
+                if (from == 0 && to == PAGE) {
+#pragma unroll
+                    for (int c = 0; c < CHUNKS; c++) store_pair(out, at + token_of(lane, c, 0), x[c][0][r], x[c][1][r]);
+                    continue;
+                }
+#pragma unroll
+                for (int i = 0; i < 2 * CHUNKS; i++) {
+                    const int token = token_of(lane, i / 2, i % 2);
+                    if (token >= from && token < to) store_one(out, at + token, x[i / 2][i % 2][r]);
+                }
+            }
+        }
+        here = next;
+        next = page_at(after_next);
+        buffer ^= 1;
+        __syncwarp();
+    }
+}

@@ -1,0 +1,310 @@
+// From the logits of a page to bit planes of integer weights, and from those to sums over the value rows.
+#pragma once
+#include "logits.cuh"
+
+#define WARPS 8
+#define VALUE_SCALES (VALUE_GROUPS * (1 + VALUE_OFFSETS))
+#define WEIGHT_STEPS (WEIGHT_PLANES / 2)
+#define WEIGHT_TILE (WEIGHT_STEPS * 256)  // bytes of one group's planes for 4 rows
+#define WEIGHT_BYTES (VALUE_GROUPS * ROW_TILES * WEIGHT_TILE)
+#define WEIGHT_MOST ((1 << WEIGHT_PLANES) - 1)
+
+// What a page leaves of each row beside its planes: the power of two that its exponents are relative to, sum p, then for
+// each group the value of one weight unit and the sum of weights, then sum p beta.
+#define STATS (2 + VALUE_GROUPS * (2 + VALUE_OFFSETS))
+#define TOP 0
+#define TOTAL 1
+#define UNIT(g) (2 + 2 * (g))
+#define WEIGHT(g) (3 + 2 * (g))
+#define OFFSET_SUM(g) (2 + 2 * VALUE_GROUPS + (g))
+
+// What a split leaves of each row beside its sums over value rows.
+#define SUMS (2 + VALUE_GROUPS * VALUE_OFFSETS)
+
+#define LOWEST -1e30f  // below any logit, and finite, so that differences stay numbers
+
+// Over the sixteen lanes that hold the same rows.
+__device__ __forceinline__ float rows_max(float v) {
+#pragma unroll
+    for (int d = 2; d < 32; d *= 2) v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, d));
+    return v;
+}
+
+template <class T>
+__device__ __forceinline__ T rows_sum(T v) {
+#pragma unroll
+    for (int d = 2; d < 32; d *= 2) v += __shfl_xor_sync(ALL_LANES, v, d);
+    return v;
+}
+
+// Eight words of four bytes each to eight words of bit planes: bit i of byte j of word p was bit p of byte j of word i.
+__device__ __forceinline__ void to_planes(u32 (&w)[8]) {
+    const u32 masks[3] = {0x0f0f0f0f, 0x33333333, 0x55555555};
+#pragma unroll
+    for (int stage = 0; stage < 3; stage++) {
+        const int d = 4 >> stage;
+        const u32 low = masks[stage];
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            if (!(i & d)) {
+                const u32 a = w[i], b = w[i + d];
+                w[i] = (a & low) | (b << d & ~low);
+                w[i + d] = (a >> d & low) | (b & ~low);
+            }
+    }
+}
+
+// Byte `at` of four words, in the order in which a lane's two rows and two tokens make one word of planes.
+__device__ __forceinline__ u32 gather_bytes(const u32 (&w)[2][2], int at) {
+    const u32 select = at | (4 + at) << 4;
+    return __byte_perm(__byte_perm(w[0][0], w[0][1], select), __byte_perm(w[1][0], w[1][1], select), 0x5410);
+}
+
+__device__ __forceinline__ bool in_range(int token, int from, int to) { return token >= from && token < to; }
+
+// sum over this lane's tokens of p beta, for its two rows.
+__device__ __forceinline__ void sum_offsets(float (&along)[2], const PageLogits& p, const u16* betas, int lane, int from, int to) {
+    along[0] = along[1] = 0;
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+        const int c = i >> 2, j = i >> 1 & 1, r = i & 1;
+        const u32 pair = scale_pair(betas, lane, c);
+        const float product = p[c][j][r] * (j ? high_half(pair) : low_half(pair));
+        along[r] += in_range(token_of(lane, c, j), from, to) ? product : 0;
+    }
+}
+
+// Leaves the planes of integer weights in `planes`: lane (g, t) holds of row g % 4 the words (t, 0) and (t, 1), of the upper
+// planes if g < 4. `low` and `high` are the lower and the upper bytes of a lane's weights, gather_bytes by gather_bytes.
+__device__ __forceinline__ void store_planes(uint2* planes, u32 (&low)[8], u32 (&high)[8], int lane) {
+    to_planes(low);
+    if (WEIGHT_PLANES > 8) to_planes(high);
+    const bool upper = lane < 16;
+#pragma unroll
+    for (int s = 0; s < WEIGHT_STEPS; s++) {
+        const int p = WEIGHT_PLANES - 1 - s, q = WEIGHT_STEPS - 1 - s;
+        // Column g of the transpose is row g % 4 with the tokens of lanes t < 2 if g < 4, else of lanes t >= 2.
+        const u32 above = transpose_8x8(p < 8 ? low[p & 7] : high[p & 7]), below = transpose_8x8(low[q]);
+        const u32 other = __shfl_xor_sync(ALL_LANES, upper ? below : above, 16);
+        planes[s * 32 + lane] = upper ? make_uint2(above, other) : make_uint2(other, below);
+    }
+}
+
+// From the logits of a page, of tokens [from, to) alone, to the planes of its weights and its stats, for the rows of one
+// tile: `planes` [VALUE_GROUPS][ROW_TILES][WEIGHT_TILE] from this tile's, `stats` [4][STATS]. Negative scales count as zero.
+__device__ __forceinline__ void weigh(PageLogits& x, const u16* scales, int from, int to, u8* planes, float* stats) {
+    const int lane = threadIdx.x & 31;
+    const bool whole = from == 0 && to == PAGE;
+    float top[2] = {LOWEST, LOWEST}, total[2] = {0, 0};
+    if (!whole) {
+        asm volatile("");  // keeps this a branch
+#pragma unroll
+        for (int i = 0; i < 32; i++) {
+            const int c = i >> 2, j = i >> 1 & 1, r = i & 1;
+            x[c][j][r] = in_range(token_of(lane, c, j), from, to) ? x[c][j][r] : LOWEST;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 32; i++) top[i & 1] = fmaxf(top[i & 1], x[i >> 2][i >> 1 & 1][i & 1]);
+#pragma unroll
+    for (int r = 0; r < 2; r++) top[r] = ceilf(fmaxf(rows_max(top[r]), LOWEST / 2));  // above LOWEST: no token weighs 0
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+        const int c = i >> 2, j = i >> 1 & 1, r = i & 1;
+        x[c][j][r] = exp2_fast(x[c][j][r] - top[r]);
+        total[r] += x[c][j][r];
+    }
+    float* own = stats + 2 * lane * STATS;  // written by lanes 0 and 1, whose rows are 0 .. 3
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const float all = rows_sum(total[r]);
+        if (lane < 2) {
+            own[r * STATS + TOP] = top[r];
+            own[r * STATS + TOTAL] = all;
+        }
+    }
+#pragma unroll 1
+    for (int group = 0; group < VALUE_GROUPS; group++) {
+        float weighted[8][2][2], most[2] = {0, 0};
+#pragma unroll
+        for (int i = 0; i < 32; i++) {
+            const int c = i >> 2, j = i >> 1 & 1, r = i & 1;
+            const u32 pair = clamp_halves(scale_pair(scales + group * PAGE, lane, c));
+            weighted[c][j][r] = x[c][j][r] * (j ? high_half(pair) : low_half(pair));
+            most[r] = fmaxf(most[r], weighted[c][j][r]);
+        }
+        float inverse[2];
+        u32 sum[2] = {0, 0}, low[8], high[8];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            most[r] = rows_max(most[r]);
+            inverse[r] = most[r] > 1e-30f ? WEIGHT_MOST / most[r] : 0;
+        }
+#pragma unroll
+        for (int c = 0; c < 8; c++) {
+            u32 w[2][2];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int j = i >> 1, r = i & 1;
+                w[r][j] = __float_as_uint(fmaf(weighted[c][j][r], inverse[r], OFFSET));
+                sum[r] += w[r][j];
+            }
+            low[c] = gather_bytes(w, 0);
+            high[c] = gather_bytes(w, 1);
+        }
+        store_planes((uint2*)(planes + group * ROW_TILES * WEIGHT_TILE), low, high, lane);
+        float along[2];
+        if (VALUE_OFFSETS) sum_offsets(along, x, scales + (VALUE_GROUPS + group) * PAGE, lane, from, to);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const u32 weight = rows_sum(sum[r] - 16u * FLOATING);
+            const float offsets = VALUE_OFFSETS ? rows_sum(along[r]) : 0;
+            if (lane < 2) {
+                own[r * STATS + UNIT(group)] = most[r] * (1.0f / WEIGHT_MOST);
+                own[r * STATS + WEIGHT(group)] = (float)weight;
+                if (VALUE_OFFSETS) own[r * STATS + OFFSET_SUM(group)] = offsets;
+            }
+        }
+    }
+}
+
+// A warp's sums over its value rows, the upper and the lower half of the weights apart until they are stored: lanes t < 2
+// have the upper ones of query rows 2t and 2t + 1, lanes t + 2 the lower. Of the rows' totals lane (page, row) has a copy of
+// its row's, of the eight pages of a round and the four rows of a tile. All are relative to 2^top.
+struct Sums {
+    float rows[ROW_TILES][VALUE_WORDS][2][4];  // sum over t = +1 of the weights
+    float all[ROW_TILES][VALUE_GROUPS];        // of all weights
+    float top[ROW_TILES], total[ROW_TILES], offsets[ROW_TILES][VALUE_OFFSETS ? VALUE_GROUPS : 1];
+    float unit[ROW_TILES][VALUE_GROUPS];  // what one weight of this lane's page counts
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; n++) {
+#pragma unroll
+            for (int i = 0; i < VALUE_WORDS * 8; i++) rows[n][i / 8][i / 4 % 2][i % 4] = 0;
+            top[n] = LOWEST;
+            total[n] = 0;
+#pragma unroll
+            for (int g = 0; g < VALUE_GROUPS; g++) all[n][g] = 0;
+#pragma unroll
+            for (int g = 0; g < VALUE_GROUPS * VALUE_OFFSETS; g++) offsets[n][g] = 0;
+        }
+    }
+
+    // Makes room for the exponents of a round's first `present` pages and takes in their totals.
+    __device__ __forceinline__ void begin_round(const float* stats, int present) {
+        const int lane = threadIdx.x & 31, page = lane >> 2;
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; n++) {
+            const float* own = stats + (page * ROWS + n * 4 + (lane & 3)) * STATS;
+            const bool there = page < present;
+            const float page_top = there ? own[TOP] : LOWEST;
+            const float highest = fmaxf(top[n], pages_max(page_top));
+            const float weight = exp2_fast(page_top - highest), factor = exp2_fast(top[n] - highest);
+            top[n] = highest;
+            total[n] = fmaf(total[n], factor, pages_sum(there ? own[TOTAL] * weight : 0));
+#pragma unroll
+            for (int g = 0; g < VALUE_GROUPS; g++) {
+                unit[n][g] = there ? own[UNIT(g)] * weight : 0;
+                all[n][g] = fmaf(all[n][g], factor, pages_sum(there ? own[WEIGHT(g)] * unit[n][g] : 0));
+            }
+#pragma unroll
+            for (int g = 0; g < VALUE_GROUPS * VALUE_OFFSETS; g++)
+                offsets[n][g] = fmaf(offsets[n][g], factor, pages_sum(there ? own[OFFSET_SUM(g)] * weight : 0));
+            if (__any_sync(ALL_LANES, factor != 1))
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    const float own_factor = of_row(factor, 0, r);
+#pragma unroll
+                    for (int k = 0; k < VALUE_WORDS * 4; k++) rows[n][k / 4][k / 2 % 2][k % 2 * 2 + r] *= own_factor;
+                }
+        }
+    }
+
+    // Adds word k of this warp's, of page `page` of the round: `a` holds the bits of its 32 value rows, `planes` what `weigh`
+    // left.
+    __device__ __forceinline__ void add(int k, const uint4 (&a)[2], const u8* planes, int page, int group) {
+        const int lane = threadIdx.x & 31;
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; n++) {
+            const uint2* from = (const uint2*)(planes + (group * ROW_TILES + n) * WEIGHT_TILE) + lane;
+            uint2 b[WEIGHT_STEPS];
+#pragma unroll
+            for (int s = 0; s < WEIGHT_STEPS; s++) b[s] = from[s * 32];
+            const float mine = of_group(unit[n], group), units[2] = {of_row(mine, page, 0), of_row(mine, page, 1)};
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                Accumulators c = {0, 0, 0, 0};
+#pragma unroll
+                for (int s = 0; s < WEIGHT_STEPS; s++) {
+                    const int add = s == WEIGHT_STEPS - 1 ? FLOATING : 0;
+                    if (s) c = Accumulators{2 * c.x + add, 2 * c.y + add, 2 * c.z + add, 2 * c.w + add};
+                    c = mma_and_popc(a[half].x, a[half].y, a[half].z, a[half].w, b[s], c);
+                }
+                const int counts[4] = {c.x, c.y, c.z, c.w};
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    rows[n][k][half][i] = fmaf(units[i & 1], __int_as_float(counts[i]) - OFFSET, rows[n][k][half][i]);
+            }
+        }
+    }
+
+    // Leaves sum p alpha t of the first `present` rows in `partials` [ROWS, stride], and the other sums in `sums`
+    // [ROWS, SUMS]. sum w t = 2 sum over t = +1 of w - sum w.
+    __device__ __forceinline__ void store(float* partials, float* sums, i64 stride, i64 present, int words, const u8* groups) {
+        const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+        const bool upper = (lane & 2) == 0;
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; n++) {
+#pragma unroll
+            for (int k = 0; k < VALUE_WORDS; k++) {
+                const int word = warp * VALUE_WORDS + k;
+                if (word >= words) break;
+                const float sum_all = of_group(all[n], VALUE_GROUPS == 1 ? 0 : groups[word]);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int half = i / 2, r = i % 2, row = n * 4 + 2 * (lane & 1) + r;
+                    // Lanes t < 2 store value row g, lanes t >= 2 value row g + 8.
+                    const float* both = rows[n][k][half];
+                    const float other = __shfl_xor_sync(ALL_LANES, upper ? both[2 + r] : both[r], 2);
+                    const float own = upper ? both[r] : both[2 + r], of_all = of_row(sum_all, 0, r);
+                    const float sum = upper ? fmaf(own, 1 << WEIGHT_STEPS, other) : fmaf(other, 1 << WEIGHT_STEPS, own);
+                    float* to = partials + row * stride + word * 32 + half * 16 + (upper ? 0 : 8) + (lane >> 2);
+                    if (row < present) *to = 2 * sum - of_all;
+                }
+            }
+            const int row = n * 4 + lane;
+            if (warp == 0 && lane < 4 && row < present) {
+                sums[row * SUMS + TOP] = top[n];
+                sums[row * SUMS + TOTAL] = total[n];
+#pragma unroll
+                for (int g = 0; g < VALUE_GROUPS * VALUE_OFFSETS; g++) sums[row * SUMS + 2 + g] = offsets[n][g];
+            }
+        }
+    }
+
+  private:
+    __device__ __forceinline__ static float pages_max(float v) {
+#pragma unroll
+        for (int d = 4; d < 32; d *= 2) v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, d));
+        return v;
+    }
+
+    __device__ __forceinline__ static float pages_sum(float v) {
+#pragma unroll
+        for (int d = 4; d < 32; d *= 2) v += __shfl_xor_sync(ALL_LANES, v, d);
+        return v;
+    }
+
+    // What the lane of `page` and of this lane's query row 2t + r, or 2 (t - 2) + r, has.
+    __device__ __forceinline__ static float of_row(float v, int page, int r) {
+        return __shfl_sync(ALL_LANES, v, page * 4 + 2 * (threadIdx.x & 1) + r);
+    }
+
+    __device__ __forceinline__ static float of_group(const float (&v)[VALUE_GROUPS], int group) {
+        float own = v[0];
+#pragma unroll
+        for (int g = 1; g < VALUE_GROUPS; g++) own = g == group ? v[g] : own;
+        return own;
+    }
+};

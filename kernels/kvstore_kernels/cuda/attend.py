@@ -1,0 +1,174 @@
+"""Attention over stored sign sketches on device pages."""
+
+from collections.abc import Iterator
+from math import log
+
+import torch
+from torch import Tensor
+
+from kvstore_kernels import build
+from kvstore_kernels.cuda.expand import expand
+from kvstore_kernels.cuda.pages import PAGE_TOKENS, DeviceExpansion, SignPages, on_device
+from kvstore_kernels.cuda.score import RING_BYTES, ROW_TILES, TILE_ROWS, row_tiles, split_pages
+from kvstore_kernels.shapes import query_group
+from kvstore_kernels.types import WORD_ROWS, Expansion
+
+WARPS = 8
+RING_PIECES = 8
+LOG2_E = 1 / log(2)
+FINE_ROWS = 3
+"""Value rows a channel above which weights have 10 bits instead of 8: the sketch's own error is then below theirs."""
+SUMS_MOST = 8
+"""Row tiles times value words of a warp: its sums must fit in registers."""
+SHARED_TWICE = 113 * 1024
+"""Bytes of shared memory up to which a Hopper multiprocessor holds two blocks."""
+SHARED_MOST = 226 * 1024
+
+
+def macros(
+    keys: Expansion, values: Expansion, key_basis: DeviceExpansion, value_basis: DeviceExpansion, rows: int, *,
+    soft_cap: bool, debias: bool,
+) -> build.Macros:  # fmt: skip
+    """The specialisation for `rows` query rows a KV head: as many in one pass as fit."""
+    value_words = max(1, -(-value_basis.words // WARPS))
+    tiles = row_tiles(rows)
+    m = {
+        "UNITS": key_basis.units.shape[1],
+        "PLANES": keys.query_bits,
+        "WEIGHT_PLANES": 10 if value_basis.words * WORD_ROWS > FINE_ROWS * values.layout.head_dim else 8,
+        "VALUE_WORDS": value_words,
+        "KEY_GROUPS": keys.layout.groups,
+        "VALUE_GROUPS": values.layout.groups,
+        "KEY_OFFSETS": int(keys.layout.has_offsets),
+        "VALUE_OFFSETS": int(values.layout.has_offsets),
+        "SOFT_CAP": int(soft_cap),
+        "DEBIAS": int(debias),
+    }
+    while tiles > 1 and (tiles * value_words > SUMS_MOST or _placed(m, tiles) is None):
+        tiles //= 2
+    placed = _placed(m, tiles)
+    if placed is None:
+        raise ValueError(f"sketches of {key_basis.words} and {value_basis.words} words a head do not fit shared memory")
+    return placed
+
+
+def merge_macros(m: build.Macros, head_dim: int, dtype: torch.dtype) -> build.Macros:
+    """merge.cu's after attend.cu's."""
+    groups = {name: m[name] for name in ("VALUE_GROUPS", "VALUE_OFFSETS")}
+    return {"HEAD_DIM": head_dim, "OUT_HALF": int(dtype == torch.float16), **groups}
+
+
+def variants(
+    keys: Expansion, values: Expansion, *, debias: bool, dtype: torch.dtype = torch.float32
+) -> Iterator[build.Variant]:
+    """For any number of query rows, without a soft cap."""
+    key_basis, value_basis = (on_device(expansion, torch.device("cpu")) for expansion in (keys, values))
+    for tiles in ROW_TILES:
+        m = macros(keys, values, key_basis, value_basis, TILE_ROWS * tiles, soft_cap=False, debias=debias)
+        if m["ROW_TILES"] == tiles:
+            yield "attend", m, shared_bytes(m)
+            yield "merge", merge_macros(m, values.layout.head_dim, dtype), 4 * value_basis.width
+
+
+def _placed(m: build.Macros, tiles: int) -> build.Macros | None:
+    """`m` with the first arrangement that fits shared memory and registers, best first."""
+    light = tiles * m["VALUE_WORDS"] <= 4 and m["VALUE_GROUPS"] == m["KEY_GROUPS"] == 1
+    for blocks, buffers, most in ((2, 2, SHARED_TWICE), (2, 1, SHARED_TWICE), (1, 2, SHARED_MOST), (1, 1, SHARED_MOST)):
+        placed = {**m, "ROW_TILES": tiles, "BLOCKS": blocks, "BUFFERS": buffers}
+        if (blocks == 1 or light) and shared_bytes(placed) <= most:
+            return placed
+    return None
+
+
+def shared_bytes(m: build.Macros) -> int:
+    """What attend.cu lays out."""
+    rows = TILE_ROWS * m["ROW_TILES"]
+    constants = -(-rows * (1 + 4 * m["KEY_GROUPS"]) * 4 // 16) * 16
+    planes = m["ROW_TILES"] * m["UNITS"] * m["PLANES"] // 2 * 256
+    weights = m["VALUE_GROUPS"] * m["ROW_TILES"] * m["WEIGHT_PLANES"] // 2 * 256
+    stats = rows * (2 + m["VALUE_GROUPS"] * (2 + m["VALUE_OFFSETS"])) * 4
+    scales = (m["KEY_GROUPS"] * (1 + m["KEY_OFFSETS"]) + m["VALUE_GROUPS"] * (1 + m["VALUE_OFFSETS"])) * 512
+    scale_buffers = 2 if WARPS * m["VALUE_WORDS"] < RING_PIECES else 1
+    return planes + constants + WARPS * (m["BUFFERS"] * (weights + stats) + RING_BYTES + scale_buffers * scales)
+
+
+def attend(
+    q: Tensor,
+    keys: SignPages,
+    values: SignPages,
+    *,
+    sm_scale: float,
+    logit_soft_cap: float = 0.0,
+    debias: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    beside: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Out [T, Hq, D] in `dtype` (float32 or float16) and natural-log lse float32 [T, Hq] of q [T, Hq, D].
+
+    `keys` and `values` hold the same positions. No positions give (0, -inf). `beside` is a float32 result over other
+    positions, and is merged in.
+    """
+    pages, layout = keys.pages, keys.expansion.layout
+    if (pages.first, pages.end) != (values.pages.first, values.pages.end):
+        raise ValueError(f"keys of rows {(pages.first, pages.end)}, values of {(values.pages.first, values.pages.end)}")
+    group = query_group(q, layout.heads, layout.head_dim)
+    if (values.expansion.layout.heads, values.expansion.layout.head_dim) != (layout.heads, layout.head_dim):
+        raise ValueError("keys and values differ in heads or head_dim")
+    rows = q.shape[0] * group
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    if pages.first == pages.end or not rows:
+        return (out.zero_(), lse.fill_(-torch.inf)) if beside is None else (beside[0].to(dtype), beside[1])
+    key_basis, value_basis = on_device(keys.expansion, q.device), on_device(values.expansion, q.device)
+    y = expand(q, key_basis)
+    m = macros(
+        keys.expansion,
+        values.expansion,
+        key_basis,
+        value_basis,
+        rows,
+        soft_cap=bool(logit_soft_cap),
+        debias=bool(debias),
+    )
+    partials, sums = _splits(m, y, keys, values, key_basis, value_basis, rows, sm_scale, float(logit_soft_cap), debias)
+    _merge(partials, sums, value_basis, beside, out, lse, group, m)
+    return out, lse
+
+
+def _splits(
+    m: build.Macros, y: Tensor, keys: SignPages, values: SignPages, key_basis: DeviceExpansion,
+    value_basis: DeviceExpansion, rows: int, sm_scale: float, soft_cap: float, debias: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Each split's sums over value rows [H, splits, R, width] and its other sums [H, splits, R, ..]."""
+    pages, heads, device = keys.pages, len(key_basis.matrix), y.device
+    page_first, page_end = pages.first // PAGE_TOKENS, -(-pages.end // PAGE_TOKENS)
+    split = split_pages(page_end - page_first, heads, device)
+    splits = -(-(page_end - page_first) // split)
+    partials = torch.empty(heads, splits, rows, value_basis.width, dtype=torch.float32, device=device)
+    sums = torch.empty(
+        heads, splits, rows, 2 + m["VALUE_GROUPS"] * m["VALUE_OFFSETS"], dtype=torch.float32, device=device
+    )
+    # Without a cap logits come in powers of two; with one, first as multiples of the cap.
+    unit, cap = (sm_scale / soft_cap, soft_cap * LOG2_E) if soft_cap else (sm_scale * LOG2_E, 0.0)
+    shared = shared_bytes(m)
+    grid = (splits, heads, -(-rows // (TILE_ROWS * m["ROW_TILES"])))
+    build.kernel("attend", device, m, shared).launch(
+        grid, WARPS * 32, shared, pages.slab, pages.table, values.pages.slab, values.pages.table, key_basis.heads,
+        value_basis.heads, key_basis.units, value_basis.groups, y, key_basis.noise, partials, sums, page_first,
+        page_end, split, pages.first, pages.end, rows, key_basis.length, key_basis.width, value_basis.width, unit, cap,
+        debias / 2 * sm_scale, follows=True,
+    )  # fmt: skip
+    return partials, sums
+
+
+def _merge(
+    partials: Tensor, sums: Tensor, value_basis: DeviceExpansion, beside: tuple[Tensor, Tensor] | None, out: Tensor,
+    lse: Tensor, group: int, m: build.Macros,
+) -> None:  # fmt: skip
+    heads, splits, rows, width = partials.shape
+    shared = width * 4
+    other_out, other_lse = (None, None) if beside is None else (part.contiguous() for part in beside)
+    build.kernel("merge", out.device, merge_macros(m, out.shape[2], out.dtype), shared).launch(
+        (rows, heads, out.shape[2] // 32), 256, shared, partials, sums, value_basis.matrix, value_basis.heads,
+        other_out, other_lse, out, lse, value_basis.length, splits, width, out.shape[1], group, follows=True,
+    )  # fmt: skip
