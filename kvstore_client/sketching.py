@@ -6,7 +6,9 @@ Imported by those who encode only: the codecs' compiled operations take a moment
 import asyncio
 import logging
 from dataclasses import dataclass
+from functools import cache
 
+import torch
 from torch import Tensor
 
 from kvstore_client.errors import InvalidArgument, invalid
@@ -19,7 +21,7 @@ from kvstore_codecs.plan import CodecPlan
 from kvstore_codecs.resolve import plan_for
 from kvstore_codecs.sketch import KindRows, encode_kind
 from kvstore_codecs.spec import KINDS, Kind
-from kvstore_kernels.backend import Backend, cpu_backend
+from kvstore_kernels.backend import Backend, cpu_backend, open_backend
 from kvstore_kernels.types import NonFiniteError, ScaleRangeError
 from kvstore_proto.v1 import kvstore_pb2 as pb
 
@@ -32,7 +34,6 @@ class Sketcher:
 
     plan: CodecPlan
     exact_end: int
-    backend: Backend
 
     def encode(self, block: Block, start: int) -> list[Frame]:
         """Frames of the block whose first token is position `start`. InvalidArgument for NaN, Inf or a huge scale."""
@@ -40,8 +41,9 @@ class Sketcher:
         frames: list[Frame] = []
         for layer in range(len(block.keys)):
             for kind in KINDS:
+                x = block.of(layer, kind)
                 try:
-                    rows = encode_kind(block.of(layer, kind).cpu(), self.plan.of(layer, kind), exact, self.backend)
+                    rows = encode_kind(x, self.plan.of(layer, kind), exact, _backend_of(x.device))
                 except (NonFiniteError, ScaleRangeError) as error:
                     raise _refused(kind, layer, error) from None
                 frames += _frames(layer, kind, rows, exact)
@@ -59,11 +61,17 @@ async def sketcher_for(link: Link, info: SessionInfo, timeout: float) -> Sketche
         return None
     if plan.bytes_per_token >= info.shape.raw_bytes_per_token:
         return None
-    return Sketcher(plan, info.exact_end, await asyncio.to_thread(cpu_backend))
+    return Sketcher(plan, info.exact_end)
+
+
+@cache
+def _backend_of(device: torch.device) -> Backend:
+    """Where the vectors are, there they are encoded."""
+    return open_backend(f"cuda:{device.index or 0}") if device.type == "cuda" else cpu_backend()
 
 
 def _frames(layer: int, kind: Kind, rows: KindRows, exact: int) -> list[Frame]:
-    parts: list[tuple[pb.Part.ValueType, Tensor, int]] = [(pb.PART_ROWS, rows.rows, 0)]
+    parts: list[tuple[pb.Part.ValueType, Tensor, int]] = [(pb.PART_ROWS, rows.rows.cpu(), 0)]
     if rows.signs is not None:
         parts += [(pb.PART_WORDS, rows.signs.words, exact), (pb.PART_SCALES, rows.signs.scales, exact)]
     return [frame for part, tensor, offset in parts for frame in part_frames(layer, kind, part, tensor, offset)]

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+import sys
 from importlib.metadata import version
 
 import grpc
@@ -27,6 +28,8 @@ from kvstore_server.telemetry import Telemetry
 
 LOG = logging.getLogger(__name__)
 ENGINE_WAITING_MAX = 4096
+SWITCH_SECONDS = 0.0005
+"""How long the event loop may keep the interpreter from the device's thread while both have work: 5 ms by default."""
 DEVICE_LOST_EXIT = 3
 
 
@@ -123,6 +126,7 @@ class Server:
 
 async def serve(settings: Settings) -> int:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once. The process's exit code."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     server = Server(settings)

@@ -1,15 +1,17 @@
 """`kvstore`: the server and what an operator or a newcomer does with it."""
 
-import asyncio
 import logging
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
+
+if TYPE_CHECKING:
+    from kvstore_kernels.measurement import Measurement
 
 TargetOption = Annotated[str, typer.Option(help="host:port of a server", envvar="KVSTORE_TARGET")]
 TARGET = "127.0.0.1:7700"
@@ -51,6 +53,8 @@ def serve(
     metrics: Annotated[str | None, typer.Option(help="host:port of /metrics, or `off`")] = None,
 ) -> None:
     """Run a server until SIGTERM, then drain."""
+    import uvloop  # answers more calls a second than asyncio's own loop
+
     from kvstore_server.app import serve as run
     from kvstore_server.config import ConfigError, load
     from kvstore_server.log import configure
@@ -71,7 +75,7 @@ def serve(
         raise typer.Exit(2) from None
     configure(settings.log)
     try:
-        code = asyncio.run(run(settings))
+        code = uvloop.run(run(settings))
     except Exception as error:
         logging.getLogger(__name__).critical("the server stops: %s", error, exc_info=error)
         code = 1
@@ -163,6 +167,45 @@ def bench_ops(json: Annotated[Path | None, typer.Option(help="Write the table as
     from kvstore_kernels.bench import run
 
     run(json)
+
+
+@bench.command("service")
+def bench_service(
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N")] = "auto",
+    tokens: Annotated[int, typer.Option(min=1024, help="Length of the shared session")] = 131_072,
+    layers: Annotated[int, typer.Option(min=1, help="Layers that are appended and fetched")] = 2,
+    seconds: Annotated[float, typer.Option(help="Of each load")] = 4.0,
+    json: Annotated[Path | None, typer.Option(help="Write the measurements as JSON too")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the ratios too (needs matplotlib)")] = None,
+) -> None:
+    """A server of its own on loopback beside a plain echo of the same sizes."""
+    from kvstore_client.bench.service import Plan, run
+
+    plan = Plan(device, tokens, layers, min(16_384, tokens), seconds)
+    _report("service", *run(plan, Console()), json, png)
+
+
+@bench.command("kernels")
+def bench_kernels(
+    json: Annotated[Path | None, typer.Option(help="Write the measurements as JSON too")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the ratios too (needs matplotlib)")] = None,
+    only: Annotated[str, typer.Option(help="Only groups whose name has this word")] = "",
+) -> None:
+    """The CUDA ops beside this run's copy bandwidth and exact fp16 torch."""
+    from kvstore_kernels.bench_kernels import run
+
+    _report("kernels", *run(only), json, png)
+
+
+def _report(name: str, device: str, measurements: "list[Measurement]", json: Path | None, png: Path | None) -> None:
+    from kvstore_kernels.measurement import table_of, write_chart, write_json
+
+    title = f"{name} on {device}"
+    Console().print(table_of(title, measurements))
+    if json is not None:
+        write_json(json, device, measurements)
+    if png is not None:
+        write_chart(png, title, measurements)
 
 
 @sessions.command("list")

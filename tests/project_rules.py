@@ -22,7 +22,7 @@ LAYERS = [
 """An import leads to a lower layer or stays in its package; what is not named here (errors, limits) serves all."""
 
 HOMES = {
-    "grpc": ("kvstore_server.rpc", "kvstore_server.app", "kvstore_client.transport"),
+    "grpc": ("kvstore_server.rpc", "kvstore_server.app", "kvstore_client.transport", "kvstore_client.bench"),
     "grpc_health": ("kvstore_server.rpc", "kvstore_server.app"),
     "grpc_reflection": ("kvstore_server.app",),
     "google": ("kvstore_server.rpc", "kvstore_client"),

@@ -4,8 +4,10 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from time import monotonic
+from types import MappingProxyType
 
 from kvstore_client import KVStoreClient, KVStoreError
 
@@ -18,9 +20,10 @@ class ServerFailed(Exception):
 
 
 class ServerProcess:
-    """Starts, is killed, starts again on the same port and data."""
+    """Starts, is killed, starts again on the same port and data. `settings` are KVSTORE__SECTION__KEY variables."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, str] = MappingProxyType({})) -> None:
+        self._settings = settings
         self._data, self._log = folder / "data", folder / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
         self.target = f"127.0.0.1:{_free_port()}"
@@ -31,6 +34,7 @@ class ServerProcess:
         command = [sys.executable, "-m", "kvstore_server.cli", "serve"]
         command += ["--data", str(self._data), "--listen", self.target, "--metrics", "off"]
         settings = {name: value for name, value in os.environ.items() if not name.startswith("KVSTORE")}
+        settings |= self._settings
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=settings)
         with KVStoreClient(self.target) as client:

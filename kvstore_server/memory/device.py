@@ -9,7 +9,7 @@ from kvstore_codecs.spec import Kind
 from kvstore_kernels.paging import Paging
 from kvstore_server.errors import ResourceExhausted
 from kvstore_server.memory.device_layer import Arena, DeviceLayer
-from kvstore_server.memory.resident import Block, ResidentSession
+from kvstore_server.memory.resident import Blocks, ResidentSession
 from kvstore_server.memory.slab import Slab, SlabFull
 
 RETRY_AFTER_SECONDS = 1.0
@@ -73,9 +73,7 @@ class DeviceMemory:
     def sessions(self) -> int:
         return len(self._sessions)
 
-    def blocks(
-        self, resident: ResidentSession, layer: int, start: int, end: int, levels: dict[Kind, int]
-    ) -> list[Block]:
+    def blocks(self, resident: ResidentSession, layer: int, start: int, end: int, levels: dict[Kind, int]) -> Blocks:
         """Positions [start, end) of `layer` on the device; ResourceExhausted if the layer alone does not fit."""
         self._forget_gone()
         session = self._admitted(resident, end)

@@ -10,8 +10,11 @@ from kvstore_codecs.spec import KINDS, Kind
 from kvstore_kernels import DenseRows, Rows, SignRows
 from kvstore_kernels.cuda.pages import PAGE_TOKENS, PAGE_UNIT, Pages, SignPages, page_bytes
 from kvstore_kernels.paging import Paging
-from kvstore_server.memory.resident import Block, ResidentSession
+from kvstore_server.memory.resident import Block, Blocks, ResidentSession
 from kvstore_server.memory.slab import Slab
+
+VIEWS_MAX = 4
+"""Of one layer: ranges and levels that are asked for in turn."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class DeviceLayer:
     def __init__(self, arena: Arena, layer: int) -> None:
         self._arena, self._layer = arena, layer
         self._kinds: dict[Kind, KindOnDevice] = {kind: KindOnDevice() for kind in KINDS}
+        self._views: dict[tuple[int, ...], Blocks] = {}
 
     def size_bytes(self, resident: ResidentSession, end: int) -> int:
         """Of positions [0, end) on the device."""
@@ -60,6 +64,7 @@ class DeviceLayer:
 
     def reserve(self, resident: ResidentSession, end: int) -> None:
         """Takes room for positions [0, end); SlabFull leaves what it has taken so far to `release`."""
+        self._views.clear()
         for kind, own in self._kinds.items():
             plan = resident.plan_of(self._layer, kind)
             border = _border(resident, end)
@@ -79,6 +84,8 @@ class DeviceLayer:
             loaded += self._load_rows(resident, own, kind, border if isinstance(plan, SignPlan) else end)
             if isinstance(plan, SignPlan) and self._paged(resident, kind) and border < end and own.packed < end:
                 loaded += self._pack(resident, own, kind, plan, max(border, own.packed), end)
+        if loaded:
+            self._views.clear()
         return loaded
 
     def share(self, parent: "DeviceLayer", end: int) -> int:
@@ -95,14 +102,23 @@ class DeviceLayer:
         return taken
 
     def release(self) -> None:
+        self._views.clear()
         for kind, own in self._kinds.items():
             self._arena.slab.release(own.pages)
             if own.run is not None:
                 self._arena.slab.release_run(own.run)
             self._kinds[kind] = KindOnDevice()
 
-    def blocks(self, resident: ResidentSession, start: int, end: int, levels: dict[Kind, int]) -> list[Block]:
-        """Positions [start, end), all loaded: exact ones first, then sketched ones."""
+    def blocks(self, resident: ResidentSession, start: int, end: int, levels: dict[Kind, int]) -> Blocks:
+        """Positions [start, end), all loaded: exact ones first, then sketched ones. The same ones until rows move."""
+        key = (start, end, *levels.values())
+        if key not in self._views:
+            while len(self._views) >= VIEWS_MAX:
+                del self._views[next(iter(self._views))]
+            self._views[key] = Blocks(self._blocks(resident, start, end, levels))
+        return self._views[key]
+
+    def _blocks(self, resident: ResidentSession, start: int, end: int, levels: dict[Kind, int]) -> list[Block]:
         border = min(max(_border(resident, end), start), end)
         parts = [(start, border, True), (border, end, False)]
         return [

@@ -1,9 +1,10 @@
 """One session's rows in host memory, as the ops read them."""
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,15 @@ class Block:
     end: int
     keys: Rows | SignPages
     values: Rows | SignPages
+
+
+class Blocks(list[Block]):
+    """Blocks of one layer in the order of their positions."""
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        super().__init__(blocks)
+        self.kept: dict[Any, Any] = {}
+        """What a backend keeps for exactly these rows, where they are."""
 
 
 class KindStore:
@@ -79,6 +89,8 @@ class ResidentSession:
         self.parent: weakref.ref[ResidentSession] | None = None
         """The session that positions [0, shared_end) were forked from, if its rows were loaded too."""
         self.shared_end = 0
+        self.facts: dict[tuple[str, int], Any] = {}
+        """What every query of a layer looks up in the codec, once it is fitted."""
         self._writing = Lock()
         self._layers = [{kind: KindStore(shape, allocate) for kind in KINDS} for _ in range(shape.layers)]
 
@@ -92,6 +104,8 @@ class ResidentSession:
 
     def adopt(self, plan: CodecPlan, exact_end: int) -> None:
         """Rows at or above `exact_end` come as the plan says; before this, all are exact."""
+        if self.plan is not plan:
+            self.facts.clear()
         self.plan, self.exact_end = plan, exact_end
 
     def extend(self, start: int, rows: AppendRows, tokens: int) -> bool:

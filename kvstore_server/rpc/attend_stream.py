@@ -1,14 +1,19 @@
-"""The Attend stream: sessions bound to handles, many steps in flight, answers in any order."""
+"""The Attend stream: sessions bound to handles, many steps in flight, answers in any order.
+
+A step of sessions that are loaded costs neither a task nor a wait of its own: it goes to the device from the task that
+reads the stream, and its answer comes back as a callback.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from time import monotonic
-
-import torch
+from typing import TypeAlias
 
 from kvstore_proto.v1 import kvstore_pb2 as pb
-from kvstore_server.errors import DeadlineExceeded, InvalidArgument, KVStoreError, NotFound, ResourceExhausted
+from kvstore_server.errors import DeadlineExceeded, InvalidArgument, NotFound, ResourceExhausted
 from kvstore_server.limits import Limits
 from kvstore_server.rpc import convert
 from kvstore_server.rpc.status import status_of
@@ -16,6 +21,16 @@ from kvstore_server.sessions.model import AttendAnswer, Query
 from kvstore_server.sessions.querying import Querying
 
 BUSY_RETRY_SECONDS = 0.01
+Answers: TypeAlias = "asyncio.Future[AttendAnswer] | asyncio.Future[list[AttendAnswer]]"
+
+
+@dataclass(frozen=True)
+class StepInFlight:
+    """What there is to undo when a step is late or unwanted."""
+
+    answers: Answers
+    timer: asyncio.TimerHandle
+    bytes: int
 
 
 class AttendStream:
@@ -24,61 +39,61 @@ class AttendStream:
     def __init__(self, querying: Querying, limits: Limits, tenant: str, draining: asyncio.Event) -> None:
         self._querying, self._limits, self._tenant, self._draining = querying, limits, tenant, draining
         self._bound: dict[int, tuple[str, str]] = {}
-        self._steps: dict[int, asyncio.Task[None]] = {}
+        self._steps: dict[int, StepInFlight] = {}
         self._bytes = 0
+        self._heard = monotonic()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._answers: asyncio.Queue[pb.AttendResponse | None] = asyncio.Queue()
 
     async def run(self, requests: AsyncIterator[pb.AttendRequest]) -> AsyncIterator[pb.AttendResponse]:
         """Answers until the caller is done, has been idle too long, or the server drains."""
-        reader = asyncio.create_task(self._read(requests))
+        serving = asyncio.create_task(self._serve(requests))
         try:
             while (answer := await self._answers.get()) is not None:
                 yield answer
-            await reader
+            await serving
         finally:
-            reader.cancel()
-            for step in self._steps.values():
-                step.cancel()
+            serving.cancel()
+            for request_id in list(self._steps):
+                self._drop(request_id)
             with suppress(asyncio.CancelledError):
-                await asyncio.gather(reader, *self._steps.values(), return_exceptions=True)
+                await asyncio.gather(serving, return_exceptions=True)
 
-    async def _read(self, requests: AsyncIterator[pb.AttendRequest]) -> None:
+    async def _serve(self, requests: AsyncIterator[pb.AttendRequest]) -> None:
+        reading = asyncio.create_task(self._read(requests))
         drained = asyncio.create_task(self._draining.wait())
-        incoming = aiter(requests)
         try:
-            while not drained.done():
-                arriving = asyncio.ensure_future(anext(incoming, None))
-                done, _ = await asyncio.wait(
-                    {arriving, drained},
-                    timeout=self._limits.attend_idle_seconds_max,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                if not done and self._steps:
-                    done, _ = await asyncio.wait({arriving, drained, *self._steps.values()})
-                if arriving not in done:
-                    arriving.cancel()
-                    break
-                if (request := arriving.result()) is None:
-                    break
-                await self._take(request)
+            while not (reading.done() or drained.done() or self._idle_for() >= self._limits.attend_idle_seconds_max):
+                left = max(0.0, self._limits.attend_idle_seconds_max - self._idle_for())
+                await asyncio.wait({reading, drained}, timeout=left + 0.01, return_when=asyncio.FIRST_COMPLETED)
             if drained.done():
                 self._answers.put_nowait(pb.AttendResponse(going_away=pb.AttendGoingAway()))
-            await asyncio.gather(*self._steps.values(), return_exceptions=True)
+            if reading.done():
+                reading.result()
+            reading.cancel()
+            await self._idle.wait()
         finally:
+            reading.cancel()
             drained.cancel()
             self._answers.put_nowait(None)
 
-    async def _take(self, request: pb.AttendRequest) -> None:
-        body = request.WhichOneof("body")
-        if body == "bind":
-            self._answers.put_nowait(await self._bind(request.bind))
-        elif body == "step":
-            self._start(request.step)
-        elif body == "cancel":
-            if step := self._steps.get(request.cancel.request_id):
-                step.cancel()
-        else:
-            raise InvalidArgument("body", "is none of bind, step and cancel")
+    def _idle_for(self) -> float:
+        """Seconds without a message or a step in flight."""
+        return 0.0 if self._steps else monotonic() - self._heard
+
+    async def _read(self, requests: AsyncIterator[pb.AttendRequest]) -> None:
+        async for request in requests:
+            self._heard = monotonic()
+            body = request.WhichOneof("body")
+            if body == "step":
+                self._start(request.step)
+            elif body == "bind":
+                self._answers.put_nowait(await self._bind(request.bind))
+            elif body == "cancel":
+                self._drop(request.cancel.request_id)
+            else:
+                raise InvalidArgument("body", "is none of bind, step and cancel")
 
     async def _bind(self, bind: pb.AttendBind) -> pb.AttendResponse:
         try:
@@ -95,13 +110,28 @@ class AttendStream:
     def _start(self, step: pb.AttendStep) -> None:
         try:
             self._admit(step)
-        except KVStoreError as error:
+            deadline = monotonic() + step.timeout_ms / 1000
+            answers = self._answers_of(step, deadline)
+        except Exception as error:
             self._answers.put_nowait(pb.AttendResponse(request_id=step.request_id, error=status_of(error)))
             return
-        self._bytes += len(step.q.data)
-        task = asyncio.create_task(self._answer(step))
-        self._steps[step.request_id] = task
-        task.add_done_callback(lambda _: self._finish(step))
+        timer = asyncio.get_running_loop().call_later(step.timeout_ms / 1000, self._late, step)
+        size = len(step.q.data)
+        self._steps[step.request_id] = StepInFlight(answers, timer, size)
+        self._bytes += size
+        self._idle.clear()
+        answers.add_done_callback(partial(self._answered, step))
+
+    def _answers_of(self, step: pb.AttendStep, deadline: float) -> Answers:
+        """One answer, or one an item; only items of sessions that are not loaded need a task."""
+        debias = step.debias if step.HasField("debias") else None
+        convert.chosen(convert.LSE_FACTORS, step.lse_base, "step.lse_base")
+        answers = [
+            self._querying.attend_loaded(self._tenant, query, debias, deadline)
+            or asyncio.ensure_future(self._querying.attend(self._tenant, query, debias, deadline))
+            for query in self._queries(step)
+        ]
+        return answers[0] if len(answers) == 1 else asyncio.gather(*answers)
 
     def _admit(self, step: pb.AttendStep) -> None:
         limits = self._limits
@@ -123,44 +153,41 @@ class AttendStream:
             if now >= limit:
                 raise ResourceExhausted("BUSY", f"{limit} {what} are in flight", BUSY_RETRY_SECONDS, limit=limit)
 
-    def _finish(self, step: pb.AttendStep) -> None:
-        self._bytes -= len(step.q.data)
-        self._steps.pop(step.request_id, None)
-
-    async def _answer(self, step: pb.AttendStep) -> None:
+    def _answered(self, step: pb.AttendStep, answers: Answers) -> None:
+        error = None if answers.cancelled() else answers.exception()
+        if self._taken(step.request_id) is None or answers.cancelled():
+            return
         response = pb.AttendResponse(request_id=step.request_id)
-        try:
-            async with asyncio.timeout(step.timeout_ms / 1000):
-                response.result.CopyFrom(await self._attend(step, monotonic() + step.timeout_ms / 1000))
-        except TimeoutError:
-            late = DeadlineExceeded("DEADLINE", f"the step took longer than {step.timeout_ms} ms")
-            response.error.CopyFrom(status_of(late))
-        except Exception as error:
+        if isinstance(error, Exception):
             response.error.CopyFrom(status_of(error))
+        elif error is not None:
+            raise error
+        else:
+            found = answers.result()
+            convert.fill_attended(response.result, found if isinstance(found, list) else [found], step.lse_base)
         self._answers.put_nowait(response)
 
-    async def _attend(self, step: pb.AttendStep, deadline: float) -> pb.AttendResult:
-        queries = self._queries(step)
-        debias = step.debias if step.HasField("debias") else None
-        answers: list[AttendAnswer] = await asyncio.gather(
-            *(self._querying.attend(self._tenant, query, debias, deadline) for query in queries)
-        )
-        factor = convert.chosen(convert.LSE_FACTORS, step.lse_base, "step.lse_base")
-        items = [
-            pb.AttendResult.Item(
-                generation=answer.generation, length=answer.length, fidelity=convert.fidelity_to(answer.fidelity)
-            )
-            for answer in answers
-        ]
-        out = torch.cat([answer.out for answer in answers]).to(queries[0].q.dtype)
-        lse = torch.cat([answer.lse for answer in answers]) * factor
-        return pb.AttendResult(
-            out=convert.tensor_to(out),
-            lse=convert.tensor_to(lse),
-            lse_base=step.lse_base or pb.LSE_BASE_E,
-            lse_layout=pb.LSE_LAYOUT_TOKEN_MAJOR,
-            items=items,
-        )
+    def _late(self, step: pb.AttendStep) -> None:
+        if self._drop(step.request_id):
+            late = DeadlineExceeded("DEADLINE", f"the step took longer than {step.timeout_ms} ms")
+            self._answers.put_nowait(pb.AttendResponse(request_id=step.request_id, error=status_of(late)))
+
+    def _drop(self, request_id: int) -> bool:
+        """Lets go of a step that nobody waits for; False if it was answered already."""
+        flying = self._taken(request_id)
+        if flying is not None:
+            flying.answers.cancel()
+        return flying is not None
+
+    def _taken(self, request_id: int) -> StepInFlight | None:
+        flying = self._steps.pop(request_id, None)
+        if flying is not None:
+            flying.timer.cancel()
+            self._bytes -= flying.bytes
+            if not self._steps:
+                self._heard = monotonic()
+                self._idle.set()
+        return flying
 
     def _queries(self, step: pb.AttendStep) -> list[Query]:
         """One query per item: its rows of q, its session by handle."""
@@ -180,5 +207,5 @@ class AttendStream:
                 head_offset=step.head_offset,
                 precision=convert.precision_from(step.precision),
             )
-            for item, part in zip(step.items, q.split(rows), strict=True)
+            for item, part in zip(step.items, [q] if len(rows) == 1 else q.split(rows), strict=True)
         ]

@@ -1,9 +1,10 @@
 """Protobuf messages to plain values and back, with the checks that need no session."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -13,7 +14,7 @@ from kvstore_kernels import as_torch_dtype
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_server.errors import InvalidArgument
 from kvstore_server.sessions.assembly import AppendHeader, Encoding, Frame
-from kvstore_server.sessions.model import Fidelity, Precision, SessionInfo
+from kvstore_server.sessions.model import AttendAnswer, Fidelity, Precision, SessionInfo
 from kvstore_server.storage.geometry import Part
 
 T = TypeVar("T")
@@ -25,6 +26,12 @@ DTYPES: dict[int, torch.dtype] = {
     pb.DTYPE_UINT32: torch.int32,
     pb.DTYPE_INT64: torch.int64,
 }
+EXPONENTS = {
+    torch.float32: (np.uint32, np.uint32(0x7F80_0000)),
+    torch.float16: (np.uint16, np.uint16(0x7C00)),
+    torch.bfloat16: (np.uint16, np.uint16(0x7F80)),
+}
+"""Unsigned integers of a dtype's size, and the bits that are all set in NaN and Inf alone."""
 FLOATS: tuple[pb.Dtype.ValueType, ...] = (pb.DTYPE_FLOAT32, pb.DTYPE_FLOAT16, pb.DTYPE_BFLOAT16)
 DTYPE_NAMES: dict[int, Literal["float32", "float16", "bfloat16"]] = {
     pb.DTYPE_FLOAT32: "float32",
@@ -66,16 +73,40 @@ def tensor_from(message: pb.Tensor, field: str, dims: int) -> Tensor:
     data = message.data
     if len(data) != count * dtype.itemsize:
         raise InvalidArgument(f"{field}.data", f"{len(data)} bytes instead of {count * dtype.itemsize}")
-    tensor = torch.frombuffer(bytearray(data), dtype=dtype).reshape(tuple(message.shape))
-    if not torch.isfinite(tensor).all():
+    own = bytearray(data)
+    bits, exponent = EXPONENTS[dtype]
+    if ((np.frombuffer(own, bits) & exponent) == exponent).any():
         raise InvalidArgument(field, "holds NaN or Inf")
-    return tensor
+    return torch.frombuffer(own, dtype=dtype).view(tuple(message.shape))
 
 
 def tensor_to(tensor: Tensor) -> pb.Tensor:
-    tensor = tensor.contiguous()
-    data = tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-    return pb.Tensor(dtype=DTYPE_NUMBERS[tensor.dtype], shape=tensor.shape, data=data)
+    return pb.Tensor(dtype=DTYPE_NUMBERS[tensor.dtype], shape=tensor.shape, data=_bytes_of(tensor))
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    if tensor.dtype == torch.bfloat16:  # which numpy does not know
+        tensor = tensor.contiguous().view(torch.int16)
+    return tensor.numpy().tobytes()
+
+
+def fill_tensor(message: pb.Tensor, parts: Sequence[Tensor]) -> None:
+    """Tensors of one dtype, one after another along their first dimension."""
+    message.dtype = DTYPE_NUMBERS[parts[0].dtype]
+    message.shape.extend((sum(len(part) for part in parts), *parts[0].shape[1:]))
+    message.data = b"".join(map(_bytes_of, parts))
+
+
+def fill_attended(result: pb.AttendResult, answers: Sequence[AttendAnswer], lse_base: pb.LseBase.ValueType) -> None:
+    """What a step answers: the rows of its items, in their order."""
+    factor = LSE_FACTORS[lse_base]
+    fill_tensor(result.out, [answer.out for answer in answers])
+    fill_tensor(result.lse, [answer.lse if factor == 1 else answer.lse * factor for answer in answers])
+    result.lse_base = lse_base or pb.LSE_BASE_E
+    result.lse_layout = pb.LSE_LAYOUT_TOKEN_MAJOR
+    for answer in answers:
+        fidelity = fidelity_to(answer.fidelity)
+        result.items.add(generation=answer.generation, length=answer.length, fidelity=fidelity)
 
 
 def shape_from(message: pb.ModelShape) -> ModelShape:

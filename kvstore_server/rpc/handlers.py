@@ -96,8 +96,7 @@ class Handlers:
 
         async def stream(request: Any, context: grpc.aio.ServicerContext) -> None:
             async with self._guarded(method.name, context):
-                async for response in call(_checked_input(request, method.client_streaming), context):
-                    await self._write(context, response)
+                await self._write(context, call(_checked_input(request, method.client_streaming), context))
 
         kind = f"{'stream' if method.client_streaming else 'unary'}_{'stream' if method.server_streaming else 'unary'}"
         make = getattr(grpc, f"{kind}_rpc_method_handler")
@@ -125,12 +124,19 @@ class Handlers:
                 outcome.code = error.code if isinstance(error, KVStoreError) else "INTERNAL"
                 await abort(context, error)
 
-    async def _write(self, context: grpc.aio.ServicerContext, response: Message) -> None:
+    async def _write(self, context: grpc.aio.ServicerContext, responses: AsyncIterator[Message]) -> None:
         """A client that does not read must not hold its place for ever."""
-        seconds = self._limits.write_seconds_max
+        seconds, now = self._limits.write_seconds_max, asyncio.get_running_loop().time
+        limit = asyncio.timeout(None)
         try:
-            await asyncio.wait_for(context.write(response), seconds)
+            async with limit:
+                async for response in responses:
+                    limit.reschedule(now() + seconds)
+                    await context.write(response)
+                    limit.reschedule(None)
         except TimeoutError:
+            if not limit.expired():
+                raise
             text = f"a message waited {seconds} s for the client to read"
             raise DeadlineExceeded("SLOW_READER", text, limit=seconds) from None
 

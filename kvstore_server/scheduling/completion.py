@@ -1,9 +1,10 @@
-"""Results that the device has still to finish: waited for on a thread of their own, while the next work is launched."""
+"""Results on their way back: from the device, and from the engine's threads to the event loop."""
 
+import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -19,26 +20,57 @@ class Later(Generic[T_co]):
     wait: Callable[[], T_co]
 
 
-def deliver(waiting: Sequence[Future[Any]], results: Sequence[Any]) -> None:
-    for done, result in zip(waiting, results, strict=True):
-        done.set_result(result)
+@dataclass(frozen=True)
+class Outcome:
+    """What a caller on an event loop waits for."""
+
+    done: "asyncio.Future[Any]"
+    result: Any = None
+    error: BaseException | None = None
+
+
+def settle(outcomes: Sequence[Outcome]) -> None:
+    """Answers callers from another thread, those of one event loop by one call into it."""
+    loops = {outcome.done.get_loop() for outcome in outcomes}
+    for loop in loops:
+        own = [outcome for outcome in outcomes if outcome.done.get_loop() is loop]
+        with suppress(RuntimeError):  # a closed loop has nobody waiting
+            loop.call_soon_threadsafe(_set, own)
+
+
+def _set(outcomes: list[Outcome]) -> None:
+    for outcome in outcomes:
+        if outcome.done.done():
+            continue
+        if outcome.error is None:
+            outcome.done.set_result(outcome.result)
+        else:
+            outcome.done.set_exception(outcome.error)
+
+
+def settle_all(waiting: "Sequence[asyncio.Future[Any]]", results: Sequence[Any]) -> None:
+    settle([Outcome(done, result) for done, result in zip(waiting, results, strict=True)])
 
 
 class Completions:
-    """Waits for runs in the order in which they were launched and hands each its results, or `failed` its error."""
+    """Has `finish(callers, results)`, which waits for the device, called for runs in the order of their launch."""
 
-    def __init__(self, failed: Callable[[list[Future[Any]], BaseException], None]) -> None:
-        self._failed = failed
-        self._under_way: deque[tuple[list[Future[Any]], Later[Sequence[Any]]]] = deque()
+    def __init__(self, finish: Callable[["list[asyncio.Future[Any]]", Later[Sequence[Any]]], None]) -> None:
+        self._finish = finish
+        self._under_way: deque[tuple[list[asyncio.Future[Any]], Later[Sequence[Any]]]] = deque()
         self._changed = threading.Condition()
         self._open = True
         self._thread = threading.Thread(target=self._loop, name="kvstore-completion", daemon=True)
         self._thread.start()
 
-    def add(self, waiting: list[Future[Any]], results: Later[Sequence[Any]]) -> None:
+    def add(self, waiting: "list[asyncio.Future[Any]]", results: Later[Sequence[Any]]) -> None:
         with self._changed:
             self._under_way.append((waiting, results))
             self._changed.notify_all()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._under_way)
 
     def await_room(self) -> None:
         """Returns when fewer than `AHEAD_MAX` runs are unfinished."""
@@ -61,10 +93,7 @@ class Completions:
                 if not self._under_way:
                     return
                 waiting, results = self._under_way[0]
-            try:
-                deliver(waiting, results.wait())
-            except BaseException as error:
-                self._failed(waiting, error)
+            self._finish(waiting, results)
             with self._changed:
                 self._under_way.popleft()
                 self._changed.notify_all()

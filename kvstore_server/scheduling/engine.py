@@ -4,13 +4,12 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Literal, TypeVar
 
 from kvstore_server.errors import DeadlineExceeded, ResourceExhausted, Unavailable
-from kvstore_server.scheduling.completion import Completions, Later, deliver
+from kvstore_server.scheduling.completion import Completions, Later, Outcome, settle, settle_all
 
 T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741
@@ -29,7 +28,7 @@ class Work:
     """Waiting work of one key is run together; None stands alone."""
     deadline: float
     """On time.monotonic()'s clock."""
-    done: Future[Any]
+    done: "asyncio.Future[Any]"
 
 
 class Engine:
@@ -56,7 +55,7 @@ class Engine:
         self._open = True
         self.runs = 0
         self.run_items = 0
-        self._completions = Completions(self._failed)
+        self._completions = Completions(self._finish)
         self._thread = threading.Thread(target=self._loop, name="kvstore-device", daemon=True)
         self._thread.start()
 
@@ -71,17 +70,17 @@ class Engine:
             result = work()
             return Later(lambda: [result.wait()]) if isinstance(result, Later) else [result]
 
-        return await self._add(lane, Work(None, alone, None, deadline, Future()))
+        return await self._add(lane, None, alone, None, deadline)
 
-    async def run_together(
+    def run_together(
         self, key: Hashable, item: I, work: Callable[[list[I]], Sequence[T] | Later[Sequence[T]]], deadline: float
-    ) -> T:
+    ) -> "asyncio.Future[T]":
         """`item`'s part of `work(items)`, whose items are those of this key that wait when the device is free.
 
         `work` may return what the device has still to finish; it must be the same function for equal keys. Otherwise
-        as `run`.
+        as `run`, except that a full lane is refused at once and no task is needed to wait.
         """
-        return await self._add("query", Work(item, work, key, deadline, Future()))
+        return self._add("query", item, work, key, deadline)
 
     @property
     def waiting(self) -> int:
@@ -96,7 +95,9 @@ class Engine:
         self._refuse_waiting(Unavailable("DRAINING", "the device engine was closed"))
         self._completions.close(timeout_seconds)
 
-    async def _add(self, lane: Lane, work: Work) -> Any:
+    def _add(
+        self, lane: Lane, item: Any, run: Callable[[list[Any]], Any], key: Hashable, deadline: float
+    ) -> "asyncio.Future[Any]":
         with self._wake:
             if not self._open:
                 raise Unavailable("DRAINING", "the device engine is closed")
@@ -107,9 +108,10 @@ class Engine:
                     RETRY_AFTER_SECONDS,
                     limit=self._waiting_max,
                 )
-            self._lanes[lane].append(work)
+            done = asyncio.get_running_loop().create_future()
+            self._lanes[lane].append(Work(item, run, key, deadline, done))
             self._wake.notify()
-        return await asyncio.wrap_future(work.done)
+        return done
 
     def _loop(self) -> None:
         last: Lane = "encode"
@@ -138,15 +140,10 @@ class Engine:
         return taken
 
     def _run(self, taken: list[Work]) -> None:
-        now, due = monotonic(), list[Work]()
-        for work in taken:
-            if not work.done.set_running_or_notify_cancel():
-                continue
-            if now > work.deadline:
-                late = DeadlineExceeded("DEADLINE", "the deadline passed before the device was free")
-                work.done.set_exception(late)
-            else:
-                due.append(work)
+        now = monotonic()
+        due = [work for work in taken if not work.done.cancelled() and now <= work.deadline]
+        late = DeadlineExceeded("DEADLINE", "the deadline passed before the device was free")
+        settle([Outcome(work.done, error=late) for work in taken if now > work.deadline])
         if not due:
             return
         self.runs += 1
@@ -157,12 +154,21 @@ class Engine:
         except BaseException as error:
             self._failed(waiting, error)
             return
-        if isinstance(results, Later):
+        if not isinstance(results, Later):
+            settle_all(waiting, results)
+        elif self.waiting or self._completions.busy:
             self._completions.add(waiting, results)
-        else:
-            deliver(waiting, results)
+        else:  # nothing else to launch: another thread would only cost a switch
+            self._finish(waiting, results)
 
-    def _failed(self, waiting: list[Future[Any]], error: BaseException) -> None:
+    def _finish(self, waiting: "list[asyncio.Future[Any]]", results: Later[Sequence[Any]]) -> None:
+        """Waits for the device and answers."""
+        try:
+            settle_all(waiting, results.wait())
+        except BaseException as error:
+            self._failed(waiting, error)
+
+    def _failed(self, waiting: "list[asyncio.Future[Any]]", error: BaseException) -> None:
         """Answers work that raised; a lost device ends everything."""
         if self._is_fatal(error):
             lost = Unavailable("DEVICE_LOST", "the device failed; the server is ending")
@@ -172,13 +178,11 @@ class Engine:
             if first:
                 self._on_fatal(error)
             error = lost
-        for done in waiting:
-            done.set_exception(error)
+        settle([Outcome(done, error=error) for done in waiting])
 
     def _refuse_waiting(self, error: Unavailable) -> None:
         with self._wake:
+            refused = [Outcome(work.done, error=error) for lane in self._lanes.values() for work in lane]
             for lane in self._lanes.values():
-                while lane:
-                    work = lane.popleft()
-                    if work.done.set_running_or_notify_cancel():
-                        work.done.set_exception(error)
+                lane.clear()
+        settle(refused)

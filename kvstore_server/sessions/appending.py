@@ -20,6 +20,7 @@ from kvstore_server.errors import (
     ResourceExhausted,
 )
 from kvstore_server.limits import Limits
+from kvstore_server.memory.growing import pageable
 from kvstore_server.scheduling.engine import Engine
 from kvstore_server.sessions.assembly import AppendAssembly, AppendHeader, Frame
 from kvstore_server.sessions.encoding import accept_sketch, encode_layer, fit_is_due, make_fit
@@ -111,7 +112,9 @@ class OpenAppend:
 
     def __init__(self, appending: Appending, live: LiveSession, header: AppendHeader, deadline: float) -> None:
         self._appending, self._live, self._header, self._deadline = appending, live, header, deadline
-        self._assembly = AppendAssembly(header, live.state.shape, live.plan, _exact_tokens(header, live.exact_end))
+        exact, paging = _exact_tokens(header, live.exact_end), appending.backend.paging
+        allocate = pageable if paging is None else paging.pinned
+        self._assembly = AppendAssembly(header, live.state.shape, live.plan, exact, allocate)
 
     def add(self, frame: Frame) -> None:
         self._assembly.add(frame)

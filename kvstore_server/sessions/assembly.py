@@ -14,6 +14,7 @@ from kvstore_codecs.sketch import KindRows
 from kvstore_codecs.spec import DTYPE_BYTES, KINDS, Kind, ModelShape
 from kvstore_kernels import Signs, as_torch_dtype
 from kvstore_server.errors import InvalidArgument
+from kvstore_server.memory.growing import Allocate, pageable
 from kvstore_server.storage.geometry import PARTS, Part
 
 Encoding = Literal["raw", "sketch"]
@@ -50,9 +51,10 @@ class Frame:
 class PartBuffer:
     """One (layer, kind, part): bytes [tokens, heads, row_bytes], and which cells have come."""
 
-    def __init__(self, first: int, tokens: int, heads: int, row_bytes: int) -> None:
+    def __init__(self, allocate: Allocate, first: int, tokens: int, heads: int, row_bytes: int) -> None:
         self.first = first
-        self.bytes = np.empty((tokens, heads, row_bytes), dtype=np.uint8)
+        self.tensor = allocate((tokens, heads, row_bytes), torch.uint8)
+        self.bytes: NDArray[np.uint8] = self.tensor.numpy()
         self._filled = np.zeros((tokens, heads), dtype=bool)
 
     def fill(self, frame: Frame) -> None:
@@ -82,7 +84,14 @@ class AppendAssembly:
     byte count must be what shape and codec say: it is checked before anything is allocated.
     """
 
-    def __init__(self, header: AppendHeader, shape: ModelShape, plan: CodecPlan | None, exact: int) -> None:
+    def __init__(
+        self,
+        header: AppendHeader,
+        shape: ModelShape,
+        plan: CodecPlan | None,
+        exact: int,
+        allocate: Allocate = pageable,
+    ) -> None:
         self.header, self._shape = header, shape
         self._plan = plan if header.encoding == "sketch" else None
         self._exact = exact
@@ -90,7 +99,7 @@ class AppendAssembly:
         expected = sum(tokens * heads * row_bytes for _, _, tokens, heads, row_bytes in geometry)
         if header.data_bytes != expected:
             raise InvalidArgument("header.bytes", f"{header.data_bytes} instead of {expected}", limit=expected)
-        self._buffers = {key: PartBuffer(*place) for key, *place in geometry}
+        self._buffers = {key: PartBuffer(allocate, *place) for key, *place in geometry}
 
     def add(self, frame: Frame) -> None:
         """Takes one frame; InvalidArgument if it does not fit or overlaps an earlier one."""
@@ -137,8 +146,7 @@ class AppendAssembly:
         return KindRows(rows, Signs(words, scales))
 
     def _tensor(self, layer: int, kind: Kind, part: Part, dtype: torch.dtype) -> Tensor:
-        raw: NDArray[np.uint8] = self._buffers[layer, kind, part].bytes
-        return torch.from_numpy(raw).view(dtype)
+        return self._buffers[layer, kind, part].tensor.view(dtype)
 
     def _geometry(self) -> Iterator[tuple[tuple[int, Kind, Part], int, int, int, int]]:
         """(key, first token, tokens, heads, bytes of a row) of every part that must come."""

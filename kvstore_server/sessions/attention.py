@@ -7,15 +7,16 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from kvstore_codecs.plan import SignPlan
+from kvstore_codecs.plan import KindPlan, SignPlan
 from kvstore_codecs.resolve import default_debias
 from kvstore_codecs.spec import Kind
 from kvstore_kernels import Backend, DenseRows, SignRows, score_variance
 from kvstore_server.errors import FailedPrecondition
 from kvstore_server.memory.device import DeviceMemory
-from kvstore_server.memory.resident import Block, ResidentSession
+from kvstore_server.memory.resident import Block, Blocks, ResidentSession
 from kvstore_server.scheduling.completion import Later
-from kvstore_server.sessions.model import Fidelity, Precision
+from kvstore_server.sessions.live import LiveSession
+from kvstore_server.sessions.model import AttendAnswer, Fidelity, Precision
 
 Fetch = Callable[[], Sequence[Tensor]]
 """Waits for results that are on their way to host memory."""
@@ -28,10 +29,10 @@ class Device:
     backend: Backend
     memory: DeviceMemory | None
 
-    def blocks(self, prefix: "Prefix", start: int = 0) -> list[Block]:
+    def blocks(self, prefix: "Prefix", start: int = 0) -> Blocks:
         """Positions [start, prefix.end) as the backend reads them."""
         if self.memory is None:
-            return blocks(prefix.resident, prefix.layer, start, prefix.end, prefix.precision)
+            return host_blocks(prefix.resident, prefix.layer, start, prefix.end, prefix.precision)
         return self.memory.blocks(prefix.resident, prefix.layer, start, prefix.end, _levels_of(prefix.precision))
 
 
@@ -52,14 +53,11 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Item:
-    """One caller's rows [T, Hq, D] of a pass, and which heads it asked for."""
+    """One caller's rows [T, Hq, D] of a pass, which heads it asked for, and the session as the caller knows it."""
 
     q: Tensor
     heads: slice
-
-
-Attended = tuple[Tensor, Tensor, Fidelity]
-"""out [T, heads, D] and natural-log lse [T, heads], float32, and what they are worth."""
+    live: LiveSession
 
 
 def full_heads(q: Tensor, head_offset: int, query_heads: int) -> Tensor:
@@ -71,30 +69,31 @@ def full_heads(q: Tensor, head_offset: int, query_heads: int) -> Tensor:
     return whole
 
 
-def attend(device: Device, prefix: Prefix, debias: float, items: list[Item]) -> Later[list[Attended]]:
+def attend(device: Device, prefix: Prefix, debias: float, items: list[Item]) -> Later[list[AttendAnswer]]:
     """Each item's attention over the prefix, all in one pass over its rows."""
     shape = prefix.resident.shape
     q = items[0].q if len(items) == 1 else torch.cat([item.q for item in items])
-    state: tuple[Tensor, Tensor] | None = None
-    for block in device.blocks(prefix):
-        state = device.backend.attend(
-            q,
-            block.keys,
-            block.values,
-            sm_scale=shape.sm_scale,
-            logit_soft_cap=shape.logit_soft_cap,
-            debias=debias,
-            beside=state,
-        )
-    if state is None:
-        state = torch.zeros(q.shape, dtype=torch.float32), torch.full(q.shape[:2], -torch.inf)
+    blocks = device.blocks(prefix)
+    if blocks:
+        parts = [(block.keys, block.values) for block in blocks]
+        scores: dict[str, float] = {"sm_scale": shape.sm_scale, "logit_soft_cap": shape.logit_soft_cap}
+        state = device.backend.attend_all(q, parts, **scores, debias=debias, kept=blocks.kept)
+    else:
+        state = torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf)
     fetch = device.backend.to_host(state)
-    worth = _fidelities(prefix, q, items)
+    worth = _fidelities(prefix, q, [(len(item.q), item.heads) for item in items])
 
-    def finish() -> list[Attended]:
-        counts = [len(item.q) for item in items]
-        parts = zip(items, *(each.split(counts) for each in fetch()), worth, strict=True)
-        return [(out[:, item.heads], lse[:, item.heads], fidelity) for item, out, lse, fidelity in parts]
+    def finish() -> list[AttendAnswer]:
+        out, lse = fetch()
+        answers, first = list[AttendAnswer](), 0
+        for item, fidelity in zip(items, worth, strict=True):
+            last = first + len(item.q)
+            own, own_lse = (out, lse) if len(items) == 1 else (out[first:last], lse[first:last])
+            if item.heads.stop - item.heads.start < shape.query_heads:
+                own, own_lse = own[:, item.heads], own_lse[:, item.heads]
+            answers.append(AttendAnswer(own, own_lse, item.live.generation, item.live.length, fidelity))
+            first = last
+        return answers
 
     return Later(finish)
 
@@ -143,42 +142,41 @@ def _scores(device: Device, prefix: Prefix, block: Block, q: Tensor) -> Tensor:
 
 def fidelity(prefix: Prefix, q: Tensor, heads: slice) -> Fidelity:
     """What an answer over the prefix is worth; the levels are those really read."""
-    return _fidelities(prefix, q, [Item(q, heads)])[0]
+    return _fidelities(prefix, q, [(len(q), heads)])[0]
 
 
-def _fidelities(prefix: Prefix, q: Tensor, items: list[Item]) -> list[Fidelity]:
-    """One for each item of a pass; `q` holds the rows of all."""
-    resident, layer, precision = prefix.resident, prefix.layer, prefix.precision
-    keys, values = (resident.plan_of(layer, kind) for kind in ("keys", "values"))
+def _fidelities(prefix: Prefix, q: Tensor, callers: list[tuple[int, slice]]) -> list[Fidelity]:
+    """One for each caller, of so many rows of `q` and of these heads."""
+    resident, layer = prefix.resident, prefix.layer
+    keys, values = resident.plan_of(layer, "keys"), resident.plan_of(layer, "values")
     sketched = resident.exact_end is not None and prefix.end > resident.exact_end
-    variances = [0.0] * len(items)
+    errors = [0.0] * len(callers)
+    keys_level = min(prefix.precision.keys_level, _levels(keys) - 1)
+    values_level = min(prefix.precision.values_level, _levels(values) - 1)
     if sketched and isinstance(keys, SignPlan):
-        level = keys.levels[min(precision.keys_level, len(keys.levels) - 1)]
-        rows = score_variance(q, level, resident.mean_squares(layer, prefix.end)).split([len(each.q) for each in items])
-        variances = [float(own[:, each.heads].mean()) for own, each in zip(rows, items, strict=True)]
-    plan = resident.plan
-    common = Fidelity(
-        codec="raw" if plan is None else plan.spec.for_layer(layer, "keys", resident.shape.layers).name,
-        codec_fingerprint="" if plan is None else plan.fingerprint,
-        precision=Precision(
-            min(precision.keys_level, _levels(resident, layer, "keys") - 1),
-            min(precision.values_level, _levels(resident, layer, "values") - 1),
-        ),
-        score_stderr=0.0,
-        exact=not sketched or not (isinstance(keys, SignPlan) or isinstance(values, SignPlan)),
-    )
-    return [replace(common, score_stderr=resident.shape.sm_scale * sqrt(variance)) for variance in variances]
+        variances = score_variance(q, keys.levels[keys_level], resident.mean_squares(layer, prefix.end)).numpy()
+        first = 0
+        for number, (count, heads) in enumerate(callers):
+            errors[number] = resident.shape.sm_scale * sqrt(variances[first : first + count, heads].mean())
+            first += count
+    plan, precision = resident.plan, Precision(keys_level, values_level)
+    if ("codec", layer) not in resident.facts:
+        codec = "raw" if plan is None else plan.spec.for_layer(layer, "keys", resident.shape.layers).name
+        resident.facts["codec", layer] = codec
+    codec = resident.facts["codec", layer]
+    fingerprint = "" if plan is None else plan.fingerprint
+    exact = not sketched or not (isinstance(keys, SignPlan) or isinstance(values, SignPlan))
+    return [Fidelity(codec, fingerprint, precision, error, exact) for error in errors]
 
 
-def _levels(resident: ResidentSession, layer: int, kind: Kind) -> int:
-    plan = resident.plan_of(layer, kind)
+def _levels(plan: KindPlan) -> int:
     return len(plan.levels) if isinstance(plan, SignPlan) else 1
 
 
 def check_precision(resident: ResidentSession, layer: int, precision: Precision) -> None:
     """FailedPrecondition when `required` and the codec has no such level."""
     for kind, level in _levels_of(precision).items():
-        if precision.required and level >= (levels := _levels(resident, layer, kind)):
+        if precision.required and level >= (levels := _levels(resident.plan_of(layer, kind))):
             raise FailedPrecondition("NO_LEVEL", f"{kind} of layer {layer} have {levels} levels", limit=levels)
 
 
@@ -186,12 +184,17 @@ def debias_of(resident: ResidentSession, layer: int, asked: float | None) -> flo
     """The share asked for, or the codec's default."""
     if asked is not None:
         return asked
-    return 0.0 if resident.plan is None else default_debias(resident.plan.spec, layer, resident.shape.layers)
+    if resident.plan is None:
+        return 0.0
+    if ("debias", layer) not in resident.facts:
+        share = default_debias(resident.plan.spec, layer, resident.shape.layers)
+        resident.facts["debias", layer] = share
+    return resident.facts["debias", layer]
 
 
-def blocks(resident: ResidentSession, layer: int, start: int, end: int, precision: Precision) -> list[Block]:
+def host_blocks(resident: ResidentSession, layer: int, start: int, end: int, precision: Precision) -> Blocks:
     """Positions [start, end) of `layer` as they are stored, read at `precision`."""
-    return list(resident.blocks(layer, start, end, _levels_of(precision)))
+    return Blocks(resident.blocks(layer, start, end, _levels_of(precision)))
 
 
 def decoded(device: Device, block: Block, kind: Kind, dtype: torch.dtype) -> Tensor:

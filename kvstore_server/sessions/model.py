@@ -79,7 +79,7 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class AttendAnswer:
-    """out [T, heads, D] and natural-log lse [T, heads], float32, over the remote tokens only."""
+    """out [T, heads, D] in q's dtype and natural-log lse float32 [T, heads], over the remote tokens only."""
 
     out: Tensor
     lse: Tensor

@@ -1,5 +1,6 @@
 """Score, TopK, Attend and Fetch: checked against the session, computed on the device thread over one prefix."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -80,18 +81,31 @@ class Querying:
 
     async def attend(self, tenant: str, query: Query, debias: float | None, deadline: float) -> AttendAnswer:
         """One caller's rows; those of others that wait for the same prefix are answered by the same pass."""
-        live, prefix = await self._prepared(tenant, query, deadline)
+        return await self._attend(*await self._prepared(tenant, query, deadline), query, debias, deadline)
+
+    def attend_loaded(
+        self, tenant: str, query: Query, debias: float | None, deadline: float
+    ) -> "asyncio.Future[AttendAnswer] | None":
+        """As `attend`, begun at once and without a task; None if the session has to be looked up or loaded first."""
+        check_name("session", query.session)
+        loaded = self._registry.loaded(tenant, query.session, query.generation, query.end)
+        if loaded is None:
+            return None
+        live, resident = loaded
+        return self._attend(live, self._checked(resident, query), query, debias, deadline)
+
+    def _attend(
+        self, live: LiveSession, prefix: attention.Prefix, query: Query, debias: float | None, deadline: float
+    ) -> "asyncio.Future[AttendAnswer]":
         if debias is not None and not 0 <= debias <= 1:
             raise InvalidArgument("debias", f"{debias} is outside [0, 1]")
         share = attention.debias_of(prefix.resident, query.layer, debias)
-        item = attention.Item(self._full(prefix, query), self._asked_heads(query))
+        item = attention.Item(self._full(prefix, query), self._asked_heads(query), live)
 
-        def work(items: list[attention.Item]) -> Later[list[attention.Attended]]:
+        def work(items: list[attention.Item]) -> Later[list[AttendAnswer]]:
             return attention.attend(self._device, prefix, share, items)
 
-        key = (prefix.key, share, query.q.dtype)
-        out, lse, fidelity = await self._engine.run_together(key, item, work, deadline)
-        return AttendAnswer(out, lse, live.generation, live.length, fidelity)
+        return self._engine.run_together((prefix.key, share, query.q.dtype), item, work, deadline)
 
     async def score(self, tenant: str, query: Query, start: int, deadline: float) -> AsyncIterator[ScoreAnswer]:
         """Logits of positions [start, query.end) in pieces a message can hold."""
@@ -158,16 +172,22 @@ class Querying:
         dtype = query.dtype or resident.dtype
         return [
             FetchPart(layer, kind, "rows", block.start, attention.decoded(self._device, block, kind, dtype))
-            for block in attention.blocks(resident, layer, query.start, query.end, query.precision)
+            for block in attention.host_blocks(resident, layer, query.start, query.end, query.precision)
         ]
 
     async def _prepared(self, tenant: str, query: Query, deadline: float) -> tuple[LiveSession, attention.Prefix]:
         """The session, loaded up to the query's end, against which the query is checked."""
-        tokens, heads, head_dim = query.q.shape
-        if tokens > self._limits.query_rows_max:
-            limit = self._limits.query_rows_max
-            raise InvalidArgument("q.shape", f"{tokens} query tokens are more than {limit}", limit=limit)
+        self._check_rows(query)
         live, resident = await self._loaded(tenant, query.session, query.generation, query.end, deadline)
+        return live, self._checked(resident, query)
+
+    def _check_rows(self, query: Query) -> None:
+        if len(query.q) > (limit := self._limits.query_rows_max):
+            raise InvalidArgument("q.shape", f"{len(query.q)} query tokens are more than {limit}", limit=limit)
+
+    def _checked(self, resident: ResidentSession, query: Query) -> attention.Prefix:
+        self._check_rows(query)
+        tokens, heads, head_dim = query.q.shape
         shape = resident.shape
         self._check_layer(resident, query.layer)
         if head_dim != shape.head_dim:
@@ -182,7 +202,7 @@ class Querying:
             limit = self._limits.query_logits_max
             raise InvalidArgument("q.shape", f"{cost} logits in one query are more than {limit}", limit=limit)
         attention.check_precision(resident, query.layer, query.precision)
-        return live, attention.Prefix(resident, query.layer, query.end, query.precision)
+        return attention.Prefix(resident, query.layer, query.end, query.precision)
 
     async def _loaded(
         self, tenant: str, session: str, generation: str | None, end: int, deadline: float
@@ -225,7 +245,7 @@ def _stored(resident: ResidentSession, query: FetchQuery, layer: int, kind: Kind
     if query.precision.keys_level or query.precision.values_level:
         raise FailedPrecondition("NO_LEVEL", "packed sketches are sent whole; a level is for decoded vectors")
     parts = []
-    for block in attention.blocks(resident, layer, query.start, query.end, query.precision):
+    for block in attention.host_blocks(resident, layer, query.start, query.end, query.precision):
         rows = block.keys if kind == "keys" else block.values
         if isinstance(rows, SignRows):
             parts.append(FetchPart(layer, kind, "words", block.start, rows.signs.words))

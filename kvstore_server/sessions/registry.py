@@ -2,6 +2,7 @@
 
 import asyncio
 import weakref
+from collections.abc import Callable
 from time import monotonic
 
 from kvstore_server.errors import Aborted, DeadlineExceeded, NotFound, OutOfRange
@@ -23,10 +24,16 @@ class Registry:
     """
 
     def __init__(
-        self, store: ObjectStore, host_bytes_max: int, staleness_seconds: float, allocate: Allocate = pageable
+        self,
+        store: ObjectStore,
+        host_bytes_max: int,
+        staleness_seconds: float,
+        allocate: Allocate = pageable,
+        opened: Callable[[LiveSession], None] = lambda _: None,
     ) -> None:
         self._store = store
         self._allocate = allocate
+        self._opened = opened
         self._host_bytes_max = host_bytes_max
         self._staleness_seconds = staleness_seconds
         self._open: dict[tuple[str, str], LiveSession] = {}
@@ -89,6 +96,20 @@ class Registry:
                 raise DeadlineExceeded("DEADLINE", "the session was not loaded in time") from None
         return resident
 
+    def loaded(
+        self, tenant: str, name: str, generation: str | None, end: int
+    ) -> tuple[LiveSession, ResidentSession] | None:
+        """The session, if it is open, fresh, of that generation and loaded up to `end`: nothing to wait for."""
+        live = self._open.get((tenant, name))
+        now = monotonic()
+        if live is None or now - live.checked_at >= self._staleness_seconds:
+            return None
+        resident = live.resident
+        if (generation and generation != live.generation) or resident is None or resident.length < end:
+            return None
+        live.used_at = now
+        return live, resident
+
     async def fill(self, live: LiveSession, end: int) -> ResidentSession:
         """The session's rows, at least up to `end`; its lock must be held. What was read before damage is kept."""
         resident = live.resident = live.loadable()
@@ -135,6 +156,7 @@ class Registry:
             return None
         live = LiveSession(state, self._allocate)
         live.checked_at = now
+        self._opened(live)
         await asyncio.to_thread(self.log(tenant).appends, state)
         await self.ensure_fit(live)
         if len(self._open) >= OPEN_MAX:

@@ -13,6 +13,7 @@ from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.lifecycle import Lifecycle
 from kvstore_server.sessions.querying import Querying
 from kvstore_server.sessions.registry import Registry
+from kvstore_server.sessions.warming import Warmer
 from kvstore_server.storage.store import ObjectStore
 
 LOG = logging.getLogger(__name__)
@@ -27,11 +28,13 @@ class SessionService:
         self._store = store
         self._indexing = Indexing(index)
         paging = device.backend.paging
+        self._warmer = Warmer(device.backend)
         self.registry = Registry(
             store,
             settings.memory.host_bytes_max,
             settings.staleness_seconds,
             pageable if paging is None else paging.pinned,
+            lambda live: self._warmer.begin(live.state.spec, live.state.shape),
         )
         self.lifecycle = Lifecycle(self.registry, self._indexing, self.limits, self.default_codec)
         self.appending = Appending(self.registry, self._indexing, engine, device.backend, self.limits)
@@ -46,6 +49,7 @@ class SessionService:
         self._indexing.start()
         found = await self.rebuild_index()
         LOG.info("found %d sessions", found)
+        await asyncio.to_thread(self._warmer.wait)
 
     async def rebuild_index(self) -> int:
         """Puts every session of the store into the index; how many there are."""
@@ -68,6 +72,7 @@ class SessionService:
 
     async def close(self) -> None:
         """Waits for commits that are under way, then for the index."""
+        self._warmer.close()
         if self.appending.commits:
             await asyncio.wait(set(self.appending.commits), timeout=10)
         await self._indexing.close()

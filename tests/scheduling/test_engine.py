@@ -111,7 +111,7 @@ async def blocked(engine: Engine) -> tuple[threading.Event, "asyncio.Task[bool]"
 async def test_what_waits_for_one_key_runs_together_and_each_gets_its_own() -> None:
     engine, passes = Engine(waiting_max=200), Passes()
     gate, running = await blocked(engine)
-    work = [asyncio.create_task(engine.run_together(n % 2, n, passes.run, soon())) for n in range(10)]
+    work = [engine.run_together(n % 2, n, passes.run, soon()) for n in range(10)]
     await asyncio.sleep(0.01)
     gate.set()
     assert await asyncio.gather(*work) == [n * 10 for n in range(10)]
@@ -123,7 +123,7 @@ async def test_what_waits_for_one_key_runs_together_and_each_gets_its_own() -> N
 async def test_a_pass_is_bounded() -> None:
     engine, passes = Engine(waiting_max=200), Passes()
     gate, running = await blocked(engine)
-    work = [asyncio.create_task(engine.run_together("key", n, passes.run, soon())) for n in range(TOGETHER_MAX + 1)]
+    work = [engine.run_together("key", n, passes.run, soon()) for n in range(TOGETHER_MAX + 1)]
     await asyncio.sleep(0.01)
     gate.set()
     await asyncio.gather(running, *work)
@@ -134,9 +134,9 @@ async def test_a_pass_is_bounded() -> None:
 async def test_the_late_and_the_cancelled_leave_the_rest_of_a_pass_alone(engine: Engine) -> None:
     passes = Passes()
     gate, running = await blocked(engine)
-    late = asyncio.create_task(engine.run_together("key", 1, passes.run, monotonic() - 0.001))
-    gone = asyncio.create_task(engine.run_together("key", 2, passes.run, soon()))
-    kept = asyncio.create_task(engine.run_together("key", 3, passes.run, soon()))
+    late = engine.run_together("key", 1, passes.run, monotonic() - 0.001)
+    gone = engine.run_together("key", 2, passes.run, soon())
+    kept = engine.run_together("key", 3, passes.run, soon())
     await asyncio.sleep(0.01)
     gone.cancel()
     await asyncio.sleep(0)
@@ -155,8 +155,12 @@ async def test_the_next_pass_is_launched_while_the_device_finishes_the_last(engi
         launched.set()
         return Later(lambda: "second")
 
+    gate, running = await blocked(engine)
     first = asyncio.create_task(engine.run(lambda: Later(lambda: finished.wait(10)), soon()))
     second = asyncio.create_task(engine.run(launch, soon()))
+    await asyncio.sleep(0.01)
+    gate.set()
+    await running
     assert await asyncio.to_thread(launched.wait, 5)
     assert not first.done()
     finished.set()
