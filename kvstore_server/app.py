@@ -22,7 +22,7 @@ from kvstore_server.rpc.service import KVStoreServicer, server_info
 from kvstore_server.scheduling.engine import Engine
 from kvstore_server.scheduling.self_check import self_check
 from kvstore_server.sessions.service import SessionService
-from kvstore_server.storage.local import LocalStore
+from kvstore_server.storage.opening import open_store
 from kvstore_server.telemetry import Telemetry
 
 LOG = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Server:
     async def start(self) -> None:
         """Opens the store and the device, checks both, and serves. Raises what stops it."""
         settings = self.settings
-        store = LocalStore(settings.storage.folder)
+        store = open_store(settings.storage)
         await asyncio.to_thread(store.probe)
         backend = open_backend(settings.device.name)
         self._engine = Engine(ENGINE_WAITING_MAX)
@@ -52,7 +52,9 @@ class Server:
         self._measure()
         await self.sessions.start()
         await self._engine.run(lambda: self_check(backend), monotonic() + SELF_CHECK_SECONDS)
-        info = server_info(version("remote-kv-store"), backend.name, self.sessions, "local", settings.index.url)
+        info = server_info(
+            version("remote-kv-store"), backend.name, self.sessions, settings.storage.kind, settings.index.url
+        )
         self._grpc = grpc.aio.server(options=_options(settings))
         servicer = KVStoreServicer(self.sessions, self.admission, info)
         handlers = Handlers(servicer, self.admission, self.telemetry, settings.limits)
@@ -71,7 +73,7 @@ class Server:
             "serving on %s, device %s, store %s, index %s",
             Address(settings.listen.address.host, self.port),
             backend.name,
-            settings.storage.folder,
+            settings.storage.url,
             settings.index.url,
         )
 

@@ -43,7 +43,7 @@ def version() -> None:
 @app.command()
 def serve(
     config: Annotated[Path | None, typer.Option(help="A YAML file of settings (docs: deploy/kvstore.yaml)")] = None,
-    data: Annotated[str | None, typer.Option(help="The local folder of the store")] = None,
+    data: Annotated[str | None, typer.Option(help="The store: a local folder, or s3://bucket/path")] = None,
     listen: Annotated[str | None, typer.Option(help="host:port; port 0 takes a free one")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda:N")] = None,
     index: Annotated[str | None, typer.Option(help="memory or redis://host:port/db")] = None,
@@ -99,18 +99,26 @@ def info(target: TargetOption = TARGET) -> None:
 
 @app.command()
 def verify(
-    data: Annotated[Path, typer.Argument(help="The local folder of a store")],
+    data: Annotated[str, typer.Argument(help="The store: a local folder, or s3://bucket/path")],
+    endpoint: Annotated[str | None, typer.Option(help="The URL of the bucket's service")] = None,
 ) -> None:
-    """Check every object of a data folder, offline: exit 1 and the damaged ranges if there are any."""
-    from kvstore_server.storage.local import LocalStore
+    """Check every object of a store: exit 1 and the damaged ranges if there are any."""
+    from pydantic import ValidationError
+
+    from kvstore_server.config import Storage
+    from kvstore_server.storage.opening import open_store
     from kvstore_server.storage.verify import verify_store
 
-    if not data.is_dir():
+    try:
+        settings = Storage(url=data, endpoint=endpoint)
+    except ValidationError as error:
+        raise typer.BadParameter(error.errors()[0]["msg"]) from None
+    if settings.kind == "local" and not settings.folder.is_dir():
         raise typer.BadParameter(f"{data} is not a folder")
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("verifying")
         report = verify_store(
-            LocalStore(data),
+            open_store(settings),
             lambda r: progress.update(task, completed=r.sessions, total=r.sessions_total),
         )
     for damaged in report.damaged:

@@ -32,6 +32,7 @@ from kvstore_codecs.spec import DEFAULT, CodecSpec
 from kvstore_server.limits import Limits
 
 ENV_PREFIX = "KVSTORE__"
+BUCKETS = ("s3", "gs", "az")
 Tree = dict[str, Any]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
@@ -103,19 +104,37 @@ class Storage(Section):
     """Where the facts are."""
 
     url: str = "kvstore-data"
-    """A local folder, as a path or as file:///path."""
+    """A local folder (a path or file:///path), or a bucket: s3://name/path, gs://name/path, az://container/path."""
+    endpoint: str | None = None
+    """Of a bucket: the service's URL, if it is not the provider's own: http://minio:9000."""
+    region: str | None = None
+    """Of a bucket on S3."""
+    request_seconds: Seconds = 20.0
+    """How long one request to a bucket may take."""
+    retry_seconds: Seconds = 60.0
+    """For how long a request to a bucket that failed is tried again."""
 
     @field_validator("url")
     @classmethod
-    def _local(cls, value: str) -> str:
+    def _known(cls, value: str) -> str:
         if not value.strip() or "\0" in value:
-            raise ValueError("must name a folder")
-        if "://" in value and not value.startswith("file:///"):
-            raise ValueError("only a local folder is supported: a path or file:///path")
+            raise ValueError("must name a folder or a bucket")
+        url = urlsplit(value)
+        if "://" in value and (url.scheme not in ("file", *BUCKETS) or bool(url.netloc) != (url.scheme in BUCKETS)):
+            raise ValueError("must be a path, file:///path, s3://bucket, gs://bucket or az://container")
+        if "@" in url.netloc:
+            raise ValueError("holds credentials: they belong into the provider's environment variables")
         return value
 
     @property
+    def kind(self) -> str:
+        """`local`, or what the bucket's url starts with."""
+        scheme = self.url.partition("://")[0]
+        return scheme if scheme in BUCKETS else "local"
+
+    @property
     def folder(self) -> Path:
+        """Of a local store."""
         return Path(self.url.removeprefix("file://"))
 
 

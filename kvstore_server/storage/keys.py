@@ -28,9 +28,14 @@ def is_component(name: str) -> bool:
     return _COMPONENT.fullmatch(name) is not None
 
 
+def is_key(key: str) -> bool:
+    """Whether every component is allowed."""
+    return _KEY.fullmatch(key) is not None
+
+
 def check_key(key: str) -> None:
     """InvalidArgument unless every component is allowed."""
-    if not _KEY.fullmatch(key):
+    if not is_key(key):
         raise InvalidArgument("key", "has a component that is not allowed")
 
 
