@@ -7,7 +7,7 @@ from time import time
 from typing import Any
 
 from kvstore_server.errors import ResourceExhausted, Unavailable
-from kvstore_server.metadata.index import Index, SessionEntry
+from kvstore_server.metadata.index import Index, Notice, SessionEntry
 from kvstore_server.sessions.model import SessionInfo
 
 LOG = logging.getLogger(__name__)
@@ -66,7 +66,11 @@ class Indexing:
         self._queue(tenant, info.name, lambda: self._index.put(entry))
 
     def removed(self, tenant: str, name: str, generation: str) -> None:
-        self._queue(tenant, name, lambda: self._index.remove(tenant, name, generation))
+        async def send() -> None:
+            await self._index.remove(tenant, name, generation)
+            await self._index.publish(Notice(tenant=tenant, session=name, generation=generation, length=0))
+
+        self._queue(tenant, name, send)
 
     async def names(self, tenant: str, prefix: str, limit: int, after: str) -> list[str]:
         """Session names in order, after what waits was sent. Raises Unavailable when the index does not answer."""

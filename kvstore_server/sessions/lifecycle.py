@@ -45,9 +45,7 @@ class Lifecycle:
 
     async def get(self, tenant: str, name: str) -> SessionInfo:
         check_name("name", name)
-        live = await self._registry.open(tenant, name, None)
-        await self._registry.discover(live)
-        return live.info()
+        return (await self._registry.open_now(tenant, name, None)).info()
 
     async def page(self, tenant: str, prefix: str, page_size: int, page_token: str) -> tuple[list[SessionInfo], str]:
         """Sessions in order of their names from `page_token` on, and the next token, empty at the end."""
@@ -74,7 +72,7 @@ class Lifecycle:
         """Sets what is given and leaves the rest."""
         check_name("name", name)
         check_ttl(ttl_seconds)
-        live = await self._registry.open(tenant, name, generation or None)
+        live = await self._registry.open_now(tenant, name, generation or None)
         log = self._registry.log(tenant)
         keep = None if clear_ttl else live.state.ttl_seconds
         ttl = keep if ttl_seconds is None else ttl_seconds
@@ -106,9 +104,7 @@ class Lifecycle:
         check_name("source", source)
         check_name("name", name)
         check_ttl(ttl_seconds)
-        live = await self._registry.open(tenant, source, source_generation)
-        if end is None or end > live.length:
-            await self._registry.discover(live)
+        live = await self._registry.open_now(tenant, source, source_generation)
         end = live.length if end is None else end
         if end > live.length:
             raise OutOfRange("BEYOND_LENGTH", f"end {end} is beyond the length {live.length}", length=live.length)

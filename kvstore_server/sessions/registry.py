@@ -1,6 +1,7 @@
 """The sessions this process has open: found in the store, kept fresh, loaded within a memory budget."""
 
 import asyncio
+from math import inf
 from time import monotonic
 
 from kvstore_server.errors import Aborted, DeadlineExceeded, NotFound, OutOfRange
@@ -51,6 +52,8 @@ class Registry:
     async def open(self, tenant: str, name: str, generation: str | None) -> LiveSession:
         """The living session; NotFound, or Aborted if it is not the generation that was named."""
         live = await self.find(tenant, name)
+        if generation and live is not None and generation > live.generation:
+            live = await self._from_store(tenant, name)  # created again by another server, since the last look
         if generation and (live is None or generation != live.generation):
             raise Aborted("GENERATION_GONE", f"generation {generation} of the session is gone", session=name)
         if live is None:
@@ -58,8 +61,23 @@ class Registry:
         live.used_at = monotonic()
         return live
 
+    async def open_now(self, tenant: str, name: str, generation: str | None) -> LiveSession:
+        """As open, with everything that other servers have done until now."""
+        live = await self.open(tenant, name, generation)
+        try:
+            await self.discover(live)
+        except Aborted:
+            self.forget(tenant, name)
+            live = await self.open(tenant, name, generation)
+        return live
+
     def forget(self, tenant: str, name: str) -> None:
         self._open.pop((tenant, name), None)
+
+    def doubt(self, tenant: str, name: str) -> None:
+        """The next use of this session, if it is open, compares it with the store."""
+        if live := self._open.get((tenant, name)):
+            live.checked_at = -inf
 
     async def discover(self, live: LiveSession) -> None:
         """Takes in what other servers have appended."""

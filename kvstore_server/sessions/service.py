@@ -8,6 +8,7 @@ from kvstore_server.config import Settings
 from kvstore_server.metadata.index import Index
 from kvstore_server.scheduling.engine import Engine
 from kvstore_server.sessions.appending import Appending
+from kvstore_server.sessions.freshness import Freshness
 from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.lifecycle import Lifecycle
 from kvstore_server.sessions.querying import Querying
@@ -24,8 +25,11 @@ class SessionService:
         self.limits = settings.limits
         self.default_codec = settings.codec
         self._store = store
+        self._shared_index = settings.index.url != "memory"
+        self._rebuild: asyncio.Task[int] | None = None
         self._indexing = Indexing(index)
         self.registry = Registry(store, settings.memory.host_bytes_max, settings.staleness_seconds)
+        self._freshness = Freshness(index, self.registry)
         self.lifecycle = Lifecycle(self.registry, self._indexing, self.limits, self.default_codec)
         self.appending = Appending(self.registry, self._indexing, engine, backend, self.limits)
         self.querying = Querying(self.registry, engine, backend, self.limits)
@@ -35,10 +39,15 @@ class SessionService:
         return self._indexing.lag
 
     async def start(self) -> None:
-        """Fills an empty index from the store. A damaged session is left out and logged; the others are served."""
+        """Fills the index from the store; one that servers share is there already, and is brought up to date meanwhile.
+
+        A damaged session is left out and logged; the others are served.
+        """
         self._indexing.start()
-        found = await self.rebuild_index()
-        LOG.info("found %d sessions", found)
+        self._freshness.start()
+        self._rebuild = asyncio.create_task(self.rebuild_index())
+        if not self._shared_index:
+            await self._rebuild
 
     async def rebuild_index(self) -> int:
         """Puts every session of the store into the index; how many there are."""
@@ -46,6 +55,7 @@ class SessionService:
         for tenant in await asyncio.to_thread(self._store.list_folders, ""):
             for name in await asyncio.to_thread(self._store.list_folders, tenant):
                 found += await self._index_one(tenant, name)
+        LOG.info("found %d sessions", found)
         return found
 
     async def _index_one(self, tenant: str, name: str) -> bool:
@@ -61,6 +71,9 @@ class SessionService:
 
     async def close(self) -> None:
         """Waits for commits that are under way, then for the index."""
+        if self._rebuild is not None:
+            self._rebuild.cancel()
         if self.appending.commits:
             await asyncio.wait(set(self.appending.commits), timeout=10)
+        await self._freshness.close()
         await self._indexing.close()

@@ -42,6 +42,8 @@ class BucketStore:
     takes at most `request_seconds`; one that failed is tried again until `retry_seconds` have passed.
     """
 
+    reads_at_once = 16
+
     def __init__(
         self,
         url: str,

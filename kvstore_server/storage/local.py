@@ -38,6 +38,8 @@ class LocalStore:
     names are never used twice.
     """
 
+    reads_at_once = 1
+
     def __init__(
         self,
         root: str | Path,

@@ -9,6 +9,8 @@ from kvstore_server.storage.store import Buffer, ObjectStore
 class MemoryStore:
     """Counts its calls by name in `calls`."""
 
+    reads_at_once = 1
+
     def __init__(self, objects: dict[str, bytes] | None = None) -> None:
         self.objects = {} if objects is None else objects
         self.calls: list[str] = []
@@ -80,6 +82,7 @@ class CountedStore(MemoryStore):
 
     def __init__(self, store: ObjectStore) -> None:
         super().__init__(cast("dict[str, bytes]", Objects(store)))
+        self.reads_at_once = store.reads_at_once
         self._store = store
 
     def put_if_absent(self, key: str, parts: Sequence[Buffer], *, urgent: bool = False) -> bool:

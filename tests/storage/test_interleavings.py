@@ -37,6 +37,8 @@ class Suspended(BaseException):
 class Replay:
     """A store that answers the first calls from the record, makes one new call, and stops at the one after it."""
 
+    reads_at_once = 1
+
     def __init__(self, objects: Objects, answers: Answers) -> None:
         self.store = MemoryStore(objects)
         self.answers = answers
