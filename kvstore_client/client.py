@@ -27,6 +27,7 @@ from kvstore_client.rpcs import (
     PUT_PROJECTION,
 )
 from kvstore_client.session import Session
+from kvstore_client.token_chain import TokenChain
 from kvstore_client.transport import Transport
 from kvstore_codecs.spec import CodecSpec, ModelShape
 from kvstore_proto.v1 import kvstore_pb2 as pb
@@ -112,10 +113,10 @@ class AsyncKVStoreClient:
         return (await self._link.unary(DELETE_SESSION, request, timeout=timeout)).deleted
 
     async def match_prefix(
-        self, model_fingerprint: str, block_hashes: Sequence[bytes], *, timeout: float = TIMEOUT_SECONDS
+        self, model_fingerprint: str, chain: TokenChain, *, timeout: float = TIMEOUT_SECONDS
     ) -> PrefixMatch | None:
-        """The longest stored prefix of a chain of token-block hashes, first block first."""
-        request = pb.MatchPrefixRequest(model_fingerprint=model_fingerprint, block_hashes=block_hashes)
+        """The longest prefix of a context that a session of this model holds, in whole blocks."""
+        request = pb.MatchPrefixRequest(model_fingerprint=model_fingerprint, block_hashes=chain.hashes)
         reply = await self._link.unary(MATCH_PREFIX, request, timeout=timeout)
         if not reply.HasField("session"):
             return None

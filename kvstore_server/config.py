@@ -225,6 +225,9 @@ class Settings(BaseSettings):
     """How long a stopping server answers what it has admitted."""
     staleness_seconds: Seconds = 2.0
     """For how long another server's delete or append may go unnoticed."""
+    gc_grace_seconds: Seconds = 3_600.0
+    """For how long the data of an expired session can still be read by those who know its generation, and those of a
+    deleted one lie in the store."""
 
     @classmethod
     def settings_customise_sources(

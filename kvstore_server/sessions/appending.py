@@ -93,6 +93,10 @@ class Appending:
             raise InvalidArgument("header.tokens", "must be at least 1")
         if any(len(each) != HASH_BYTES for each in header.block_hashes):
             raise InvalidArgument("header.block_hashes", f"each must have {HASH_BYTES} bytes", limit=HASH_BYTES)
+        size = header.block_tokens
+        count = (header.start + header.tokens) // size - header.start // size if size else 0
+        if len(header.block_hashes) != count:
+            raise InvalidArgument("header.block_tokens", f"{count} blocks of {size} tokens end here", limit=count)
 
     @staticmethod
     def _check_encoding(live: LiveSession, header: AppendHeader) -> None:
@@ -190,6 +194,7 @@ class OpenAppend:
             values=tuple(values for _, values in rows),
             fit=fit,
             block_hashes=header.block_hashes,
+            block_tokens=header.block_tokens,
         )
 
         def commit() -> Committed | AlreadyPresent:
@@ -206,7 +211,7 @@ class OpenAppend:
             raise
         self._appending.registry.make_room(live)
         await self._appending.registry.ensure_fit(live)
-        self._appending.indexing.changed(live.state.tenant, live.info())
+        self._appending.indexing.changed(live)
         return self._result(outcome)
 
     def _result(self, outcome: Committed | AlreadyPresent) -> AppendResult:

@@ -116,9 +116,8 @@ class Lifecycle:
         """The session as the store has it now, also in the index."""
         self._registry.forget(tenant, name)
         live = await self._registry.open(tenant, name, None)
-        info = live.info()
-        self._indexing.changed(tenant, info)
-        return info
+        self._indexing.changed(live)
+        return live.info()
 
     def _check_shape(self, shape: ModelShape) -> None:
         limits = self._limits

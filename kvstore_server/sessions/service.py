@@ -11,6 +11,7 @@ from kvstore_server.sessions.appending import Appending
 from kvstore_server.sessions.freshness import Freshness
 from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.lifecycle import Lifecycle
+from kvstore_server.sessions.prefixes import Prefixes
 from kvstore_server.sessions.querying import Querying
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.storage.store import ObjectStore
@@ -30,6 +31,7 @@ class SessionService:
         self._indexing = Indexing(index)
         self.registry = Registry(store, settings.memory.host_bytes_max, settings.staleness_seconds)
         self._freshness = Freshness(index, self.registry)
+        self.prefixes = Prefixes(self.registry, index, self.limits, settings.gc_grace_seconds)
         self.lifecycle = Lifecycle(self.registry, self._indexing, self.limits, self.default_codec)
         self.appending = Appending(self.registry, self._indexing, engine, backend, self.limits)
         self.querying = Querying(self.registry, engine, backend, self.limits)
@@ -66,7 +68,7 @@ class SessionService:
             return False
         if live is None:
             return False
-        self._indexing.changed(tenant, live.info())
+        self._indexing.changed(live)
         return True
 
     async def close(self) -> None:

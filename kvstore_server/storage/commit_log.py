@@ -196,6 +196,7 @@ class CommitLog:
         values: tuple[KindRows, ...],
         fit: Fit | None = None,
         block_hashes: tuple[bytes, ...] = (),
+        block_tokens: int = 0,
         start: int | None = None,
     ) -> Segment:
         """The next append of `state`, not committed. `fit` only if this append made it.
@@ -217,6 +218,7 @@ class CommitLog:
             shape_fingerprint=state.shape.fingerprint,
             fit_range=(fit.token_start, fit.token_end) if fit else None,
             block_hashes=block_hashes,
+            block_tokens=block_tokens,
             created_unix_seconds=self._clock(),
         )
         return Segment(header, keys, values, fit)
