@@ -107,6 +107,14 @@ class CommitLog:
         """Ends the living generation (only that one, if it is named); its name, None if there is nothing to delete."""
         return self._meta.delete(session, generation)
 
+    def expire(self, session: str, generation: str, is_due: Callable[[SessionState], bool]) -> str | None:
+        """As delete of a generation that nobody uses, if `is_due` still says so of its newest attributes."""
+        return self._meta.expire(session, generation, is_due)
+
+    def expired(self, session: str, generation: str, grace_seconds: float) -> SessionState | None:
+        """A generation that expired less than `grace_seconds` ago, to be read only; its log is not read yet."""
+        return self._meta.expired(session, generation, grace_seconds)
+
     @_serialised
     def superseded(self, state: SessionState) -> bool:
         """One look at the meta log: whether the generation is gone. Brings the attributes up to date."""
