@@ -102,6 +102,7 @@ class Server:
         gauge("kvstore_resident_sessions", "Sessions that are loaded", lambda: registry.resident_sessions)
         gauge("kvstore_device_waiting", "Pieces of work that wait for the device", lambda: engine.waiting)
         gauge("kvstore_index_lag", "Changes that the index has not seen", lambda: self.sessions.index_lag)
+        gauge("kvstore_expiry_stopped", "Whether too many are due at once", lambda: self.sessions.expiry.stopped)
         gauge("kvstore_calls_in_flight", "Calls being answered", lambda: self.admission.in_flight)
 
     async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:

@@ -225,6 +225,8 @@ class Settings(BaseSettings):
     """How long a stopping server answers what it has admitted."""
     staleness_seconds: Seconds = 2.0
     """For how long another server's delete or append may go unnoticed."""
+    sweep_seconds: Seconds = 15.0
+    """How often the index is told which sessions were used, and unused ones are looked for."""
     gc_grace_seconds: Seconds = 3_600.0
     """For how long the data of an expired session can still be read by those who know its generation, and those of a
     deleted one lie in the store."""

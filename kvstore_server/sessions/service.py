@@ -8,9 +8,11 @@ from kvstore_server.config import Settings
 from kvstore_server.metadata.index import Index
 from kvstore_server.scheduling.engine import Engine
 from kvstore_server.sessions.appending import Appending
+from kvstore_server.sessions.expiry import Expiry
 from kvstore_server.sessions.freshness import Freshness
 from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.lifecycle import Lifecycle
+from kvstore_server.sessions.maintenance import Maintenance
 from kvstore_server.sessions.prefixes import Prefixes
 from kvstore_server.sessions.querying import Querying
 from kvstore_server.sessions.registry import Registry
@@ -25,13 +27,17 @@ class SessionService:
     def __init__(self, store: ObjectStore, index: Index, engine: Engine, backend: Backend, settings: Settings) -> None:
         self.limits = settings.limits
         self.default_codec = settings.codec
-        self._store = store
+        self._store, grace = store, settings.gc_grace_seconds
         self._shared_index = settings.index.url != "memory"
         self._rebuild: asyncio.Task[int] | None = None
         self._indexing = Indexing(index)
-        self.registry = Registry(store, settings.memory.host_bytes_max, settings.staleness_seconds)
+        self.registry = Registry(store, settings.memory.host_bytes_max, settings.staleness_seconds, grace)
         self._freshness = Freshness(index, self.registry)
-        self.prefixes = Prefixes(self.registry, index, self.limits, settings.gc_grace_seconds)
+        self.expiry = Expiry(self.registry, index, self._indexing)
+        self.maintenance = Maintenance(
+            store, index, self.registry, self.expiry, sweep_seconds=settings.sweep_seconds, grace_seconds=grace
+        )
+        self.prefixes = Prefixes(self.registry, index, self.limits, grace)
         self.lifecycle = Lifecycle(self.registry, self._indexing, self.limits, self.default_codec)
         self.appending = Appending(self.registry, self._indexing, engine, backend, self.limits)
         self.querying = Querying(self.registry, engine, backend, self.limits)
@@ -47,6 +53,7 @@ class SessionService:
         """
         self._indexing.start()
         self._freshness.start()
+        self.maintenance.start()
         self._rebuild = asyncio.create_task(self.rebuild_index())
         if not self._shared_index:
             await self._rebuild
@@ -77,5 +84,6 @@ class SessionService:
             self._rebuild.cancel()
         if self.appending.commits:
             await asyncio.wait(set(self.appending.commits), timeout=10)
+        await self.maintenance.close()
         await self._freshness.close()
         await self._indexing.close()

@@ -15,7 +15,6 @@ from .workload import Worker
 
 pytestmark = [pytest.mark.redis, pytest.mark.slow]
 REPLICAS = 3
-WORKERS = 4
 
 
 async def test_a_killed_replica_costs_its_clients_a_retry_and_nothing_else(s3: S3Server, redis: RedisServer) -> None:
@@ -28,13 +27,13 @@ async def test_a_killed_replica_costs_its_clients_a_retry_and_nothing_else(s3: S
         return ServerProcess(url, "--listen", target, "--index", redis.url, env=environment)
 
     replicas = list(await asyncio.gather(*(asyncio.to_thread(started) for _ in range(REPLICAS))))
-    workers = [Worker(f"w{number}", chance.randrange(2**32)) for number in range(WORKERS)]
+    workers = [Worker(f"w{number}", chance.randrange(2**32)) for number in range(times(2, 4))]
     row = TALLY.row("kill -9 of a replica, bucket")
     stop = asyncio.Event()
     try:
         async with AsyncKVStoreClient([replica.target for replica in replicas]) as client:
             running = asyncio.gather(*(worker.run(client, stop) for worker in workers))
-            for cycle in range(times(3, 30)):
+            for cycle in range(times(1, 12)):
                 await asyncio.sleep(chance.uniform(0.2, 1.0))
                 victim = cycle % REPLICAS
                 await asyncio.to_thread(replicas[victim].kill)

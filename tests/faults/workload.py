@@ -15,6 +15,8 @@ SHAPE = ModelShape(layers=2, kv_heads=1, query_heads=2, head_dim=32, dtype="floa
 TOKENS = 512
 """Of one session."""
 TIMEOUT_SECONDS = 120.0
+PAUSE_SECONDS = 0.1
+"""Between a worker's rounds: what was written is read back by every replica at the end."""
 
 
 class Lost(AssertionError):
@@ -56,6 +58,7 @@ class Worker:
             q = torch.ones(1, SHAPE.query_heads, SHAPE.head_dim)
             await session.attend(1, q, end=end, timeout=TIMEOUT_SECONDS)
             self.operations += 3
+            await asyncio.sleep(PAUSE_SECONDS)
 
     async def check_all(self, client: AsyncKVStoreClient) -> None:
         """Lost unless everything that was acknowledged is there."""
