@@ -131,6 +131,38 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command("rebuild-index")
+def rebuild_index(
+    config: Annotated[Path | None, typer.Option(help="The servers' YAML file of settings")] = None,
+    data: Annotated[str | None, typer.Option(help="The store: a local folder, or s3://bucket/path")] = None,
+    index: Annotated[str | None, typer.Option(help="redis://host:port/db")] = None,
+) -> None:
+    """Empty the index that servers share and fill it from the store; they may go on meanwhile."""
+    from kvstore_server.app import open_index
+    from kvstore_server.config import ConfigError, load
+    from kvstore_server.errors import KVStoreError
+    from kvstore_server.sessions.rebuild import rebuild_from_nothing
+    from kvstore_server.storage.opening import open_store
+
+    given = {"storage": data, "index": index}
+    try:
+        settings = load(config, {name: {"url": url} for name, url in given.items() if url is not None})
+        if settings.index.url == "memory":
+            raise ConfigError("index.url: an index in memory is filled whenever its server starts")
+        with Console(stderr=True).status("rebuilding") as status:
+            found = asyncio.run(
+                rebuild_from_nothing(
+                    open_store(settings.storage),
+                    open_index(settings.index),
+                    lambda count: status.update(f"{count} sessions"),
+                )
+            )
+    except (ConfigError, KVStoreError) as error:
+        Console(stderr=True).print(str(error), style="red", highlight=False)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+    print(f"{found} sessions")
+
+
 @app.command()
 def demo(
     text: Annotated[Path | None, typer.Option(help="Another text than docstrings of the standard library")] = None,

@@ -80,10 +80,14 @@ class Indexing:
 
         self._queue(tenant, name, send)
 
-    async def names(self, tenant: str, prefix: str, limit: int, after: str) -> list[str]:
-        """Session names in order, after what waits was sent. Raises Unavailable when the index does not answer."""
+    async def flush(self) -> None:
+        """Sends what waits. Raises Unavailable when the index does not answer."""
         if self._pending:
             await self._send_pending()
+
+    async def names(self, tenant: str, prefix: str, limit: int, after: str) -> list[str]:
+        """Session names in order, after what waits was sent. Raises Unavailable when the index does not answer."""
+        await self.flush()
         entries = await self._index.list(tenant, prefix=prefix, after=after, limit=limit)
         return [entry.name for entry in entries]
 

@@ -5,6 +5,7 @@ import logging
 
 from kvstore_kernels import Backend
 from kvstore_server.config import Settings
+from kvstore_server.errors import Unavailable
 from kvstore_server.metadata.index import Index
 from kvstore_server.scheduling.engine import Engine
 from kvstore_server.sessions.appending import Appending
@@ -15,10 +16,12 @@ from kvstore_server.sessions.lifecycle import Lifecycle
 from kvstore_server.sessions.maintenance import Maintenance
 from kvstore_server.sessions.prefixes import Prefixes
 from kvstore_server.sessions.querying import Querying
+from kvstore_server.sessions.rebuild import rebuild
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.storage.store import ObjectStore
 
 LOG = logging.getLogger(__name__)
+FILL_RETRY_SECONDS = 5.0
 
 
 class SessionService:
@@ -29,7 +32,7 @@ class SessionService:
         self.default_codec = settings.codec
         self._store, grace = store, settings.gc_grace_seconds
         self._shared_index = settings.index.url != "memory"
-        self._rebuild: asyncio.Task[int] | None = None
+        self._filling: asyncio.Task[None] | None = None
         self._indexing = Indexing(index)
         self.registry = Registry(store, settings.memory.host_bytes_max, settings.staleness_seconds, grace)
         self._freshness = Freshness(index, self.registry)
@@ -54,34 +57,24 @@ class SessionService:
         self._indexing.start()
         self._freshness.start()
         self.maintenance.start()
-        self._rebuild = asyncio.create_task(self.rebuild_index())
+        self._filling = asyncio.create_task(self._fill_index())
         if not self._shared_index:
-            await self._rebuild
+            await self._filling
 
-    async def rebuild_index(self) -> int:
-        """Puts every session of the store into the index; how many there are."""
-        found = 0
-        for tenant in await asyncio.to_thread(self._store.list_folders, ""):
-            for name in await asyncio.to_thread(self._store.list_folders, tenant):
-                found += await self._index_one(tenant, name)
-        LOG.info("found %d sessions", found)
-        return found
-
-    async def _index_one(self, tenant: str, name: str) -> bool:
-        try:
-            live = await self.registry.find(tenant, name)
-        except Exception:
-            LOG.exception("a session could not be opened and is left out of the index")
-            return False
-        if live is None:
-            return False
-        self._indexing.changed(live)
-        return True
+    async def _fill_index(self) -> None:
+        while True:
+            try:
+                await rebuild(self._store, self.registry, self._indexing)
+            except Unavailable as error:
+                LOG.warning("the index is not filled yet: %s", error)
+                await asyncio.sleep(FILL_RETRY_SECONDS)
+            else:
+                return
 
     async def close(self) -> None:
         """Waits for commits that are under way, then for the index."""
-        if self._rebuild is not None:
-            self._rebuild.cancel()
+        if self._filling is not None:
+            self._filling.cancel()
         if self.appending.commits:
             await asyncio.wait(set(self.appending.commits), timeout=10)
         await self.maintenance.close()
