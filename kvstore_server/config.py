@@ -191,6 +191,17 @@ class Memory(Section):
     """What loaded sessions may take; the least recently used go first, and are read again from the store."""
 
 
+class Quota(Section):
+    """What each tenant may take; null is no bound. Servers count together by the index, at each sweep."""
+
+    sessions_max: Annotated[int, Field(ge=1)] | None = None
+    """Sessions that live at one time."""
+    stored_bytes_max: Annotated[int, Field(ge=1)] | None = None
+    """Bytes in the store of all of them; what forks share counts once."""
+    append_bytes_per_second_max: Annotated[int, Field(ge=1)] | None = None
+    """Bytes that one server takes in, on average."""
+
+
 class Log(Section):
     """What is written to standard error."""
 
@@ -218,6 +229,7 @@ class Settings(BaseSettings):
     device: Device = Device()
     memory: Memory = Memory()
     limits: Limits = Limits()
+    quota: Quota = Quota()
     log: Log = Log()
     codec: CodecSpec = DEFAULT
     """For sessions that are created without one (docs/codecs.md)."""

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from queue import Empty, Queue
@@ -20,7 +20,7 @@ from .redis_server import DIE_WITH_PARENT
 START_SECONDS = 240
 
 
-def settings_for(data: Path, **sections: dict[str, object] | float) -> Settings:
+def settings_for(data: Path, **sections: Mapping[str, object] | float) -> Settings:
     """Embedded defaults over `data`, on a free loopback port, CPU."""
     base: dict[str, Any] = {
         "storage": {"url": str(data)},
@@ -28,12 +28,12 @@ def settings_for(data: Path, **sections: dict[str, object] | float) -> Settings:
         "device": {"name": "cpu"},
     }
     for name, section in sections.items():
-        base[name] = {**base.get(name, {}), **section} if isinstance(section, dict) else section
+        base[name] = {**base.get(name, {}), **section} if isinstance(section, Mapping) else section
     return load(None, base)
 
 
 @asynccontextmanager
-async def serving(data: Path, **sections: dict[str, object] | float) -> AsyncIterator[Server]:
+async def serving(data: Path, **sections: Mapping[str, object] | float) -> AsyncIterator[Server]:
     """A server in this loop, drained at the end."""
     server = Server(settings_for(data, **sections))
     await server.start()

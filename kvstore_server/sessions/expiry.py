@@ -2,10 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic, time
 
-from kvstore_server.metadata.index import Index, SessionEntry
+from kvstore_server.metadata.index import SessionEntry
 from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.storage.session_state import SessionState
@@ -15,7 +15,6 @@ OBSERVED_SECONDS = 60.0
 """A session is due only if it was so at two sweeps this far apart: every server has told of its uses meanwhile."""
 SHARE_MAX, COUNT_MIN = 0.1, 8
 """More than this share of the sessions, and more than this many, are due at once only if a clock is wrong."""
-PAGE = 1_000
 
 
 class Expiry:
@@ -27,33 +26,27 @@ class Expiry:
     def __init__(
         self,
         registry: Registry,
-        index: Index,
         indexing: Indexing,
         clock: Callable[[], float] = time,
         monotonic_clock: Callable[[], float] = monotonic,
     ) -> None:
-        self._registry, self._index, self._indexing = registry, index, indexing
+        self._registry, self._indexing = registry, indexing
         self._clock, self._monotonic = clock, monotonic_clock
         self._due_since: dict[SessionEntry, float] = {}
         self.stopped = False
         """Too many sessions were due at the last sweep."""
 
-    async def sweep(self, tenant: str) -> int:
-        """Ends what is due; how many. Raises Unavailable if the index does not answer."""
-        total, due = 0, list[SessionEntry]()
+    async def sweep(self, tenant: str, entries: Sequence[SessionEntry]) -> int:
+        """Ends what is due of all the tenant's sessions, as the index has them; how many."""
         now, observed = self._clock(), self._monotonic()
-        after = ""
-        while page := await self._index.list(tenant, after=after, limit=PAGE):
-            total += len(page)
-            due += [entry for entry in page if _is_due(entry, now)]
-            after = page[-1].name
+        due = [entry for entry in entries if _is_due(entry, now)]
         others = {entry: since for entry, since in self._due_since.items() if entry.tenant != tenant}
         since = {entry: self._due_since.get(entry, observed) for entry in due}
         self._due_since = others | since
         ready = [entry for entry in due if observed - since[entry] >= OBSERVED_SECONDS]
-        self.stopped = len(ready) > max(COUNT_MIN, SHARE_MAX * total)
+        self.stopped = len(ready) > max(COUNT_MIN, SHARE_MAX * len(entries))
         if self.stopped:
-            LOG.error("%d of %d sessions seem to have expired at once: none is ended", len(ready), total)
+            LOG.error("%d of %d sessions seem to have expired at once: none is ended", len(ready), len(entries))
             return 0
         return sum([await self._end(entry) for entry in ready])
 

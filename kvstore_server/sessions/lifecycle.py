@@ -8,6 +8,7 @@ from kvstore_server.errors import InvalidArgument, OutOfRange
 from kvstore_server.limits import Limits
 from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.model import SessionInfo
+from kvstore_server.sessions.quotas import Quotas
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.storage.keys import check_name
 
@@ -17,8 +18,10 @@ TTL_SECONDS_MAX = 10 * 365 * 86_400.0
 class Lifecycle:
     """The unary session calls. All are idempotent: the same call again says `already_present` or does nothing."""
 
-    def __init__(self, registry: Registry, indexing: Indexing, limits: Limits, default_codec: CodecSpec) -> None:
-        self._registry, self._indexing, self._limits = registry, indexing, limits
+    def __init__(
+        self, registry: Registry, indexing: Indexing, quotas: Quotas, limits: Limits, default_codec: CodecSpec
+    ) -> None:
+        self._registry, self._indexing, self._quotas, self._limits = registry, indexing, quotas, limits
         self._default_codec = default_codec
 
     async def create(
@@ -39,9 +42,10 @@ class Lifecycle:
             check_spec(spec, shape)
         except ValueError as error:
             raise InvalidArgument("codec_json", str(error)) from None
+        await self._check_quota(tenant, name)
         log = self._registry.log(tenant)
         _, present = await asyncio.to_thread(log.create, name, shape, spec, ttl_seconds=ttl_seconds, pinned=pinned)
-        return await self._known(tenant, name), present
+        return await self._created(tenant, name, present), present
 
     async def get(self, tenant: str, name: str) -> SessionInfo:
         check_name("name", name)
@@ -108,9 +112,21 @@ class Lifecycle:
         end = live.length if end is None else end
         if end > live.length:
             raise OutOfRange("BEYOND_LENGTH", f"end {end} is beyond the length {live.length}", length=live.length)
+        await self._check_quota(tenant, name)
         log = self._registry.log(tenant)
         _, present = await asyncio.to_thread(log.fork, live.state, end, name, ttl_seconds=ttl_seconds, pinned=pinned)
-        return await self._known(tenant, name), present
+        return await self._created(tenant, name, present), present
+
+    async def _check_quota(self, tenant: str, name: str) -> None:
+        """What is there already may be created again."""
+        refusal = self._quotas.session_refusal(tenant)
+        if refusal is not None and await self._registry.find(tenant, name) is None:
+            raise refusal
+
+    async def _created(self, tenant: str, name: str, present: bool) -> SessionInfo:
+        if not present:
+            self._quotas.created(tenant)
+        return await self._known(tenant, name)
 
     async def _known(self, tenant: str, name: str) -> SessionInfo:
         """The session as the store has it now, also in the index."""

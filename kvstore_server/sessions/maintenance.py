@@ -7,14 +7,16 @@ from random import uniform
 from time import monotonic, time
 
 from kvstore_server.errors import KVStoreError
-from kvstore_server.metadata.index import Index
+from kvstore_server.metadata.index import Index, SessionEntry
 from kvstore_server.sessions.expiry import Expiry
+from kvstore_server.sessions.quotas import Quotas
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.storage.collecting import Collector
 from kvstore_server.storage.store import ObjectStore
 
 LOG = logging.getLogger(__name__)
 COLLECTIONS_PER_GRACE = 2
+PAGE = 1_000
 
 
 class Maintenance:
@@ -26,11 +28,13 @@ class Maintenance:
         index: Index,
         registry: Registry,
         expiry: Expiry,
+        quotas: Quotas,
         *,
         sweep_seconds: float,
         grace_seconds: float,
     ) -> None:
         self._store, self._index, self._registry, self._expiry = store, index, registry, expiry
+        self._quotas = quotas
         self._sweep_seconds, self._grace_seconds = sweep_seconds, grace_seconds
         self._task: asyncio.Task[None] | None = None
 
@@ -57,7 +61,7 @@ class Maintenance:
                 LOG.exception("maintenance failed")
 
     async def sweep(self) -> None:
-        """Tells the index of the uses since the last time, then expires what nobody uses."""
+        """Tells the index of the uses since the last time, counts what is there, expires what nobody uses."""
         for live in self._registry.opened():
             if live.used_at > live.told_at:
                 used_at = live.used_at
@@ -65,7 +69,9 @@ class Maintenance:
                 await self._index.touch(live.state.tenant, live.state.session, when)
                 live.told_at = used_at
         for tenant in await self._tenants():
-            await self._expiry.sweep(tenant)
+            entries = await self._entries(tenant)
+            self._quotas.measured(tenant, entries)
+            await self._expiry.sweep(tenant, entries)
 
     async def collect(self) -> int:
         """Removes garbage; how many objects. A session that is damaged keeps what it has."""
@@ -77,6 +83,12 @@ class Maintenance:
                 with suppress(KVStoreError):
                     removed += await asyncio.to_thread(collector.collect, session)
         return removed
+
+    async def _entries(self, tenant: str) -> list[SessionEntry]:
+        entries: list[SessionEntry] = []
+        while page := await self._index.list(tenant, after=entries[-1].name if entries else "", limit=PAGE):
+            entries += page
+        return entries
 
     async def _tenants(self) -> list[str]:
         folders = await asyncio.to_thread(self._store.list_folders, "")

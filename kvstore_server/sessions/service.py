@@ -16,6 +16,7 @@ from kvstore_server.sessions.lifecycle import Lifecycle
 from kvstore_server.sessions.maintenance import Maintenance
 from kvstore_server.sessions.prefixes import Prefixes
 from kvstore_server.sessions.querying import Querying
+from kvstore_server.sessions.quotas import Quotas
 from kvstore_server.sessions.rebuild import rebuild
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.storage.store import ObjectStore
@@ -36,13 +37,14 @@ class SessionService:
         self._indexing = Indexing(index)
         self.registry = Registry(store, settings.memory.host_bytes_max, settings.staleness_seconds, grace)
         self._freshness = Freshness(index, self.registry)
-        self.expiry = Expiry(self.registry, index, self._indexing)
+        self.expiry = Expiry(self.registry, self._indexing)
+        quotas = Quotas(settings.quota)
         self.maintenance = Maintenance(
-            store, index, self.registry, self.expiry, sweep_seconds=settings.sweep_seconds, grace_seconds=grace
+            store, index, self.registry, self.expiry, quotas, sweep_seconds=settings.sweep_seconds, grace_seconds=grace
         )
         self.prefixes = Prefixes(self.registry, index, self.limits, grace)
-        self.lifecycle = Lifecycle(self.registry, self._indexing, self.limits, self.default_codec)
-        self.appending = Appending(self.registry, self._indexing, engine, backend, self.limits)
+        self.lifecycle = Lifecycle(self.registry, self._indexing, quotas, self.limits, self.default_codec)
+        self.appending = Appending(self.registry, self._indexing, quotas, engine, backend, self.limits)
         self.querying = Querying(self.registry, engine, backend, self.limits)
 
     @property

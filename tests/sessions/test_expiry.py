@@ -22,7 +22,7 @@ class Server:
         self.index = index
         self.indexing = Indexing(index)
         self.wall, self.monotonic = 2_000_000_000.0, 0.0
-        self.expiry = Expiry(self.registry, index, self.indexing, lambda: self.wall, lambda: self.monotonic)
+        self.expiry = Expiry(self.registry, self.indexing, lambda: self.wall, lambda: self.monotonic)
 
     async def create(self, name: str, ttl_seconds: float | None = TTL_SECONDS, pinned: bool = False) -> None:
         self.registry.log(TENANT).create(name, SHAPE, SPEC, ttl_seconds=ttl_seconds, pinned=pinned)
@@ -40,7 +40,7 @@ class Server:
     async def step(self, seconds: float = OBSERVED_SECONDS) -> int:
         self.wall += seconds
         self.monotonic += seconds
-        return await self.expiry.sweep(TENANT)
+        return await self.expiry.sweep(TENANT, await self.index.list(TENANT, limit=1000))
 
     async def alive(self) -> list[str]:
         names = self.registry.log(TENANT).sessions()
