@@ -12,7 +12,7 @@ from kvstore_server.config import Quota
 from kvstore_server.errors import ResourceExhausted
 from kvstore_server.metadata.index import SessionEntry
 
-RETRY_SECONDS = 30.0
+RETRY_SECONDS = 5.0
 
 
 @dataclass
