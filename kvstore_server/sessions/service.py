@@ -3,12 +3,13 @@
 import asyncio
 import logging
 
-from kvstore_kernels import Backend
 from kvstore_server.config import Settings
 from kvstore_server.errors import Unavailable
+from kvstore_server.memory.growing import pageable
 from kvstore_server.metadata.index import Index
 from kvstore_server.scheduling.engine import Engine
 from kvstore_server.sessions.appending import Appending
+from kvstore_server.sessions.attention import Device
 from kvstore_server.sessions.expiry import Expiry
 from kvstore_server.sessions.freshness import Freshness
 from kvstore_server.sessions.indexing import Indexing
@@ -28,14 +29,21 @@ FILL_RETRY_SECONDS = 5.0
 class SessionService:
     """What rpc calls: `lifecycle`, `appending` and `querying` over one store, one index and one device."""
 
-    def __init__(self, store: ObjectStore, index: Index, engine: Engine, backend: Backend, settings: Settings) -> None:
+    def __init__(self, store: ObjectStore, index: Index, engine: Engine, device: Device, settings: Settings) -> None:
         self.limits = settings.limits
         self.default_codec = settings.codec
         self._store, grace = store, settings.gc_grace_seconds
         self._shared_index = settings.index.url != "memory"
         self._filling: asyncio.Task[None] | None = None
         self._indexing = Indexing(index)
-        self.registry = Registry(store, settings.memory.host_bytes_max, settings.staleness_seconds, grace)
+        paging = device.backend.paging
+        self.registry = Registry(
+            store,
+            settings.memory.host_bytes_max,
+            settings.staleness_seconds,
+            grace,
+            pageable if paging is None else paging.pinned,
+        )
         self._freshness = Freshness(index, self.registry)
         self.expiry = Expiry(self.registry, self._indexing)
         quotas = Quotas(settings.quota)
@@ -44,8 +52,8 @@ class SessionService:
         )
         self.prefixes = Prefixes(self.registry, index, self.limits, grace)
         self.lifecycle = Lifecycle(self.registry, self._indexing, quotas, self.limits, self.default_codec)
-        self.appending = Appending(self.registry, self._indexing, quotas, engine, backend, self.limits)
-        self.querying = Querying(self.registry, engine, backend, self.limits)
+        self.appending = Appending(self.registry, self._indexing, quotas, engine, device.backend, self.limits)
+        self.querying = Querying(self.registry, engine, device, self.limits)
 
     @property
     def index_lag(self) -> int:

@@ -1,0 +1,48 @@
+"""One server over a local folder, killed or stopped under load again and again: every acknowledged append is there."""
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+
+from kvstore_client import AsyncKVStoreClient
+
+from ..running import ServerProcess
+from .tally import TALLY, times
+from .workload import Worker
+
+pytestmark = pytest.mark.slow
+WORKERS = 8
+
+
+@pytest.mark.parametrize("signal", ["kill", "terminate"])
+async def test_what_was_acknowledged_is_there_after_every_restart(tmp_path: Path, signal: str) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    workers = [Worker(f"w{number}", chance.randrange(2**32)) for number in range(WORKERS)]
+    row = TALLY.row("kill -9 of a server, local" if signal == "kill" else "SIGTERM of a server, local")
+    server, stop = await asyncio.to_thread(ServerProcess, tmp_path), asyncio.Event()
+    try:
+        async with AsyncKVStoreClient(server.target) as client:
+            running = asyncio.gather(*(worker.run(client, stop) for worker in workers))
+            for _ in range(times(1, 200 if signal == "kill" else 100)):
+                await asyncio.sleep(chance.uniform(0.1, 1.0))
+                if signal == "kill":
+                    await asyncio.to_thread(server.kill)
+                else:
+                    assert await asyncio.to_thread(server.terminate) == 0
+                assert not running.done(), "a call failed"
+                server = await asyncio.to_thread(ServerProcess, tmp_path, "--listen", server.target)
+                row.cycles += 1
+            stop.set()
+            await running
+            for worker in workers:
+                await worker.check_all(client)
+    except BaseException:
+        row.losses += 1
+        raise
+    finally:
+        row.operations += sum(worker.operations for worker in workers)
+        server.kill()
