@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TypeVar
 
-from kvstore_client.errors import DeadlineExceeded, Unavailable
+from kvstore_client.errors import Cancelled, DeadlineExceeded, Unavailable
 from kvstore_client.retry import SYSTEM_CLOCK, Clock
 from kvstore_client.rpcs import Rpc
 from kvstore_client.transport import ChannelOptions, GrpcTransport, Transport
@@ -99,7 +99,7 @@ class FailoverTransport:
         replica = replica or min(order, key=lambda each: each.rests_until)
         try:
             yield replica.transport
-        except (Unavailable, DeadlineExceeded):
+        except (Cancelled, DeadlineExceeded, Unavailable):
             rest = min(REST_SECONDS * 2**replica.failures, REST_SECONDS_MAX)
             replica.failures += 1
             replica.rests_until = self._clock.now() + rest
