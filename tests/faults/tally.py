@@ -3,12 +3,15 @@
 import os
 from dataclasses import dataclass, field
 
-TIER_VARIABLE = "KVSTORE_TIER"
+import pytest
+
+WHOLE_SUITE = os.environ.get("KVSTORE_TIER") == "F"
+only_in_the_whole_suite = pytest.mark.skipif(not WHOLE_SUITE, reason="takes long: make test-faults")
 
 
 def times(few: int, many: int) -> int:
     """`few` in a plain test run, `many` when KVSTORE_TIER=F asks for the whole suite."""
-    return many if os.environ.get(TIER_VARIABLE) == "F" else few
+    return many if WHOLE_SUITE else few
 
 
 @dataclass

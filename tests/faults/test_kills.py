@@ -9,17 +9,17 @@ import pytest
 from kvstore_client import AsyncKVStoreClient, Retry
 
 from ..running import ServerProcess
-from .tally import TALLY, times
+from .tally import TALLY, only_in_the_whole_suite
 from .workload import Worker
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, only_in_the_whole_suite]
 WORKERS = 8
 PATIENT = Retry(attempts=10_000)
 """However long a restart takes on a busy machine: the calls' own timeouts are the bound."""
 
 
-@pytest.mark.parametrize("signal", ["kill", "terminate"])
-async def test_what_was_acknowledged_is_there_after_every_restart(tmp_path: Path, signal: str) -> None:
+@pytest.mark.parametrize(("signal", "cycles"), [("kill", 200), ("terminate", 100)])
+async def test_what_was_acknowledged_is_there_after_every_restart(tmp_path: Path, signal: str, cycles: int) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     chance = random.Random(seed)
@@ -29,7 +29,7 @@ async def test_what_was_acknowledged_is_there_after_every_restart(tmp_path: Path
     try:
         async with AsyncKVStoreClient(server.target, retry=PATIENT) as client:
             running = asyncio.gather(*(worker.run(client, stop) for worker in workers))
-            for _ in range(times(1, 200 if signal == "kill" else 100)):
+            for _ in range(cycles):
                 await asyncio.sleep(chance.uniform(0.1, 1.0))
                 if signal == "kill":
                     await asyncio.to_thread(server.kill)

@@ -10,11 +10,11 @@ from kvstore_client import AsyncKVStoreClient
 from ..redis_server import RedisServer
 from ..running import ServerProcess
 from ..s3_server import S3Server
-from .tally import TALLY, times
+from .tally import TALLY, only_in_the_whole_suite
 from .workload import Worker
 
-pytestmark = [pytest.mark.redis, pytest.mark.slow]
-REPLICAS = 3
+pytestmark = [pytest.mark.redis, pytest.mark.slow, only_in_the_whole_suite]
+REPLICAS, WORKERS, KILLS = 3, 4, 12
 
 
 async def test_a_killed_replica_costs_its_clients_a_retry_and_nothing_else(s3: S3Server, redis: RedisServer) -> None:
@@ -27,13 +27,13 @@ async def test_a_killed_replica_costs_its_clients_a_retry_and_nothing_else(s3: S
         return ServerProcess(url, "--listen", target, "--index", redis.url, env=environment)
 
     replicas = list(await asyncio.gather(*(asyncio.to_thread(started) for _ in range(REPLICAS))))
-    workers = [Worker(f"w{number}", chance.randrange(2**32)) for number in range(times(2, 4))]
+    workers = [Worker(f"w{number}", chance.randrange(2**32)) for number in range(WORKERS)]
     row = TALLY.row("kill -9 of a replica, bucket")
     stop = asyncio.Event()
     try:
         async with AsyncKVStoreClient([replica.target for replica in replicas]) as client:
             running = asyncio.gather(*(worker.run(client, stop) for worker in workers))
-            for cycle in range(times(1, 12)):
+            for cycle in range(KILLS):
                 await asyncio.sleep(chance.uniform(0.2, 1.0))
                 victim = cycle % REPLICAS
                 await asyncio.to_thread(replicas[victim].kill)
