@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help test check fmt demo bench proto constraints up down clean
+.PHONY: help test test-faults check fmt demo bench proto constraints up down clean
 BIN := .venv/bin
 SOURCES := kvstore_server kvstore_client kernels proto/generate.py deploy tests
 # Every target first makes what it needs: .venv with the extra in the stamp's name, again when these change.
@@ -13,6 +13,10 @@ help: ## this list
 
 test: $(DEV) ## all tests that need no GPU; Redis tests where a server is found (ARGS="-k name" for some)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n logical --maxprocesses 4 $(ARGS)
+
+test-faults: $(DEV) ## kills and other faults, many times, and a table of what came of them
+	@KVSTORE_TIER=F OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -n 0 --timeout 0 tests/faults tests/storage/test_crashes.py \
+	  tests/storage/test_interleavings.py $(ARGS)
 
 check: $(DEV) ## lint, types, protocol, size and import rules
 	$(BIN)/ruff check $(SOURCES)

@@ -28,6 +28,7 @@ from kvstore_client.prefix import Prefix
 from kvstore_client.retry import NO_RETRY, Retry
 from kvstore_client.session import Session
 from kvstore_client.sync import KVStoreClient, SyncPrefix, SyncSession
+from kvstore_client.token_chain import TokenChain
 from kvstore_client.transport import ChannelOptions, GrpcTransport, Transport
 from kvstore_codecs.spec import CodecSpec, LayerOverride, ModelShape
 
@@ -68,6 +69,7 @@ __all__ = [
     "Sketches",
     "SyncPrefix",
     "SyncSession",
+    "TokenChain",
     "TopK",
     "Transport",
     "Unauthenticated",

@@ -9,6 +9,7 @@ from kvstore_client.frames import Block, raw_frames
 from kvstore_client.info import SessionInfo, session_from
 from kvstore_client.link import Link
 from kvstore_client.rpcs import APPEND, GET_SESSION
+from kvstore_client.token_chain import TokenChain
 from kvstore_client.wire import Frame
 from kvstore_proto.v1 import kvstore_pb2 as pb
 
@@ -30,7 +31,9 @@ class Appender:
         self.length = info.length
         """What the server has acknowledged to this handle."""
 
-    async def append(self, block: Block, start: int | None, encode: bool, timeout: float) -> int:
+    async def append(
+        self, block: Block, start: int | None, encode: bool, chain: TokenChain | None, timeout: float
+    ) -> int:
         """See Session.append."""
         piece_tokens = await self._piece_tokens(timeout)
         async with self._lock:
@@ -39,7 +42,7 @@ class Appender:
             while position < first + block.tokens:
                 piece = block.slice(position - first, position - first + piece_tokens)
                 try:
-                    await self._send(piece, position, encode, timeout)
+                    await self._send(piece, position, encode, chain, timeout)
                 except OutOfRange as error:
                     resumes += 1
                     if error.length is None or not first <= error.length < position or resumes > RESUMES_MAX:
@@ -58,7 +61,7 @@ class Appender:
             raise invalid("k", f"one token takes {token_bytes} bytes, more than append_bytes_max", limit=bytes_max)
         return min(server.limit("append_tokens_max"), bytes_max // token_bytes)
 
-    async def _send(self, piece: Block, start: int, encode: bool, timeout: float) -> None:
+    async def _send(self, piece: Block, start: int, encode: bool, chain: TokenChain | None, timeout: float) -> None:
         """One atomic append.
 
         Sketches that are not what is stored are compared as vectors too: that is how an append made before the fit, or
@@ -66,7 +69,7 @@ class Appender:
         """
         if encode and (sketcher := await self._ready_sketcher(timeout)) is not None:
             frames = await asyncio.to_thread(sketcher.encode, piece, start)
-            header = self._header(piece, start, sum(frame.data.nbytes for frame in frames))
+            header = self._header(piece, start, sum(frame.data.nbytes for frame in frames), chain)
             header.encoding, header.fit_fingerprint = pb.ENCODING_SKETCH, sketcher.plan.fingerprint
             try:
                 await self._upload(header, frames, timeout)
@@ -76,7 +79,7 @@ class Appender:
                 pass
             else:
                 return
-        header = self._header(piece, start, piece.tokens * self._info.shape.raw_bytes_per_token)
+        header = self._header(piece, start, piece.tokens * self._info.shape.raw_bytes_per_token, chain)
         header.encoding = pb.ENCODING_RAW
         await self._upload(header, piece, timeout)
 
@@ -95,10 +98,16 @@ class Appender:
                 self._encodes = self._sketcher is not None
         return self._sketcher
 
-    def _header(self, piece: Block, start: int, size: int) -> pb.AppendHeader:
+    def _header(self, piece: Block, start: int, size: int, chain: TokenChain | None) -> pb.AppendHeader:
         info = self._info
         return pb.AppendHeader(
-            session=info.name, generation=info.generation, start=start, tokens=piece.tokens, bytes=size
+            session=info.name,
+            generation=info.generation,
+            start=start,
+            tokens=piece.tokens,
+            bytes=size,
+            block_hashes=chain.between(start, start + piece.tokens) if chain else (),
+            block_tokens=chain.block_tokens if chain else 0,
         )
 
     async def _upload(self, header: pb.AppendHeader, body: Block | list[Frame], timeout: float) -> None:

@@ -9,6 +9,7 @@ from itertools import count
 
 from kvstore_client.answers import Precision
 from kvstore_client.errors import (
+    CLOSED,
     Cancelled,
     DeadlineExceeded,
     Internal,
@@ -86,7 +87,7 @@ class AttendStream:
 
     def _call(self) -> "_Call":
         if self._closed:
-            raise Cancelled("the client is closed", reason="CLOSED")
+            raise Cancelled("the client is closed", reason=CLOSED)
         if self._current is None or not self._current.open:
             self._current = call = _Call(self._transport, self._affinity)
             self._calls.add(call)

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterable, Iterator, Sequence
 from typing import Self
 
+from kvstore_client.failover import open_transport
 from kvstore_client.info import (
     PrefixMatch,
     ProjectionInfo,
@@ -26,7 +27,8 @@ from kvstore_client.rpcs import (
     PUT_PROJECTION,
 )
 from kvstore_client.session import Session
-from kvstore_client.transport import GrpcTransport, Transport
+from kvstore_client.token_chain import TokenChain
+from kvstore_client.transport import Transport
 from kvstore_codecs.spec import CodecSpec, ModelShape
 from kvstore_proto.v1 import kvstore_pb2 as pb
 
@@ -34,18 +36,21 @@ UPLOAD_BYTES = 2 << 20
 
 
 class AsyncKVStoreClient:
-    """One connection to a store at `target` (`host:port`, `unix:path`, `dns:///name:port`).
+    """A store at `target` (`host:port`, `unix:path`, `dns:///name:port`), or at several: replicas of equal standing.
 
         async with AsyncKVStoreClient("localhost:7700") as client:
             session = await client.create_session("book", shape)
             await session.append(k, v)
             out, lse = await session.attend(0, q)
 
-    Belongs to the event loop that first uses it. `timeout` of a call is in seconds and covers its retries.
+    Belongs to the event loop that first uses it. `timeout` of a call is in seconds and covers its retries. Of several
+    replicas, one that fails costs a retry at another.
     """
 
-    def __init__(self, target: str, *, retry: Retry = DEFAULT_RETRY, transport: Transport | None = None) -> None:
-        self._link = Link(GrpcTransport(target) if transport is None else transport, retry)
+    def __init__(
+        self, target: str | Sequence[str], *, retry: Retry = DEFAULT_RETRY, transport: Transport | None = None
+    ) -> None:
+        self._link = Link(open_transport(target) if transport is None else transport, retry)
 
     async def __aenter__(self) -> Self:
         return self
@@ -108,10 +113,10 @@ class AsyncKVStoreClient:
         return (await self._link.unary(DELETE_SESSION, request, timeout=timeout)).deleted
 
     async def match_prefix(
-        self, model_fingerprint: str, block_hashes: Sequence[bytes], *, timeout: float = TIMEOUT_SECONDS
+        self, model_fingerprint: str, chain: TokenChain, *, timeout: float = TIMEOUT_SECONDS
     ) -> PrefixMatch | None:
-        """The longest stored prefix of a chain of token-block hashes, first block first."""
-        request = pb.MatchPrefixRequest(model_fingerprint=model_fingerprint, block_hashes=block_hashes)
+        """The longest prefix of a context that a session of this model holds, in whole blocks."""
+        request = pb.MatchPrefixRequest(model_fingerprint=model_fingerprint, block_hashes=chain.hashes)
         reply = await self._link.unary(MATCH_PREFIX, request, timeout=timeout)
         if not reply.HasField("session"):
             return None

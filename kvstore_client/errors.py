@@ -94,7 +94,12 @@ class ResourceExhausted(KVStoreError):
     code = "RESOURCE_EXHAUSTED"
 
 
+CLOSED = "CLOSED"
+
+
 class Cancelled(KVStoreError):
+    """By the server as it stops, or with the reason CLOSED because this client was closed."""
+
     code = "CANCELLED"
 
 

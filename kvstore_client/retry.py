@@ -10,7 +10,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from kvstore_client.errors import DeadlineExceeded, KVStoreError, ResourceExhausted, Unavailable
+from kvstore_client.errors import (
+    CLOSED,
+    Cancelled,
+    DeadlineExceeded,
+    KVStoreError,
+    ResourceExhausted,
+    Unavailable,
+)
 
 T = TypeVar("T")
 
@@ -37,9 +44,11 @@ SYSTEM_CLOCK = SystemClock()
 
 
 def is_retryable(error: KVStoreError) -> bool:
-    """A full server is asked again only if it says when (RetryInfo)."""
+    """A full server is asked again only if it says when (RetryInfo). One that stops may cancel calls."""
     if isinstance(error, ResourceExhausted):
         return error.retry_after_seconds is not None
+    if isinstance(error, Cancelled):
+        return error.reason != CLOSED
     return isinstance(error, Unavailable | DeadlineExceeded)
 
 

@@ -14,6 +14,7 @@ from kvstore_client.info import SessionInfo, session_from
 from kvstore_client.link import TIMEOUT_SECONDS, Link
 from kvstore_client.prefix import Prefix
 from kvstore_client.rpcs import DELETE_SESSION, FORK_SESSION, GET_SESSION, PREFETCH, UPDATE_SESSION
+from kvstore_client.token_chain import TokenChain
 from kvstore_codecs.spec import ModelShape
 from kvstore_proto.v1 import kvstore_pb2 as pb
 
@@ -56,6 +57,7 @@ class Session:
         *,
         start: int | None = None,
         encode: bool = False,
+        chain: TokenChain | None = None,
         timeout: float = APPEND_TIMEOUT_SECONDS,
     ) -> int:
         """Extends the session by keys and values of the same tokens; returns the length reached, which is durable.
@@ -67,8 +69,10 @@ class Session:
         `start` is the position of the first token; None is `length`. After an error `length` says what is there, and
         the same call with the same explicit `start` settles an unknown outcome: what is there already and equal
         counts as done. Raises AlreadyExists if other tokens are there, OutOfRange if tokens before `start` are missing.
+
+        `chain` names the session's token ids from position 0 on, so that `match_prefix` finds them.
         """
-        return await self._appender.append(block_of(k, v, self.shape), start, encode, timeout)
+        return await self._appender.append(block_of(k, v, self.shape), start, encode, chain, timeout)
 
     def pin(self, end: int | None = None) -> Prefix:
         """The prefix [0, end) for all layers of a decode step; None is `length`."""

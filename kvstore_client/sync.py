@@ -1,6 +1,6 @@
 """The blocking client: the asynchronous one on an event loop of its own thread. No logic is repeated here."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from functools import wraps
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
@@ -95,7 +95,9 @@ class SyncSession(_Blocking[Session]):
 class KVStoreClient(_Blocking[AsyncKVStoreClient]):
     """AsyncKVStoreClient with blocking calls; threads may share it."""
 
-    def __init__(self, target: str, *, retry: Retry = DEFAULT_RETRY, transport: Transport | None = None) -> None:
+    def __init__(
+        self, target: str | Sequence[str], *, retry: Retry = DEFAULT_RETRY, transport: Transport | None = None
+    ) -> None:
         super().__init__(AsyncKVStoreClient(target, retry=retry, transport=transport), LoopThread())
 
     create_session = _session(AsyncKVStoreClient.create_session)

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from google.rpc.status_pb2 import Status
 from grpc import aio
 
-from kvstore_client.errors import KVStoreError, Unavailable, from_status
+from kvstore_client.errors import CLOSED, Cancelled, KVStoreError, Unavailable, from_status
 from kvstore_client.rpcs import Rpc
 
 Request = TypeVar("Request")
@@ -83,8 +83,11 @@ class GrpcTransport:
         self._target = target
         self._options = options
         self._channel: aio.Channel | None = None
+        self._closed = False
 
     def _open(self) -> aio.Channel:
+        if self._closed:
+            raise Cancelled("the client is closed", reason=CLOSED)
         # Not in the constructor: a channel belongs to the event loop that runs when it is made.
         if self._channel is None:
             self._channel = aio.insecure_channel(self._target, options=self._options.arguments())
@@ -136,6 +139,7 @@ class GrpcTransport:
             call.cancel()
 
     async def close(self) -> None:
+        self._closed = True
         if self._channel is not None:
             await self._channel.close()
 

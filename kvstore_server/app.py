@@ -23,7 +23,7 @@ from kvstore_server.rpc.service import KVStoreServicer, server_info
 from kvstore_server.scheduling.engine import Engine
 from kvstore_server.sessions.attention import Device
 from kvstore_server.sessions.service import SessionService
-from kvstore_server.storage.local import LocalStore
+from kvstore_server.storage.opening import open_store
 from kvstore_server.telemetry import Telemetry
 
 LOG = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Server:
         """Opens the store and the device, checks both, and serves. Raises what stops it."""
         settings = self.settings
         self._loop = asyncio.get_running_loop()
-        store = LocalStore(settings.storage.folder)
+        store = open_store(settings.storage)
         await asyncio.to_thread(store.probe)
         device = await asyncio.to_thread(open_device, settings.device)
         backend = device.backend
@@ -57,7 +57,9 @@ class Server:
         self.sessions = SessionService(store, open_index(settings.index), self._engine, device, settings)
         self._measure(device)
         await self.sessions.start()
-        info = server_info(version("remote-kv-store"), backend.name, self.sessions, "local", settings.index.url)
+        info = server_info(
+            version("remote-kv-store"), backend.name, self.sessions, settings.storage.kind, settings.index.url
+        )
         self._grpc = grpc.aio.server(options=_options(settings))
         servicer = KVStoreServicer(self.sessions, self.admission, info)
         handlers = Handlers(servicer, self.admission, self.telemetry, settings.limits)
@@ -76,7 +78,7 @@ class Server:
             "serving on %s, device %s, store %s, index %s",
             Address(settings.listen.address.host, self.port),
             backend.name,
-            settings.storage.folder,
+            settings.storage.url,
             settings.index.url,
         )
 
@@ -117,6 +119,7 @@ class Server:
             for name, text in EVENTS.items():
                 gauge(f"kvstore_device_{name}", f"{text} since the start", lambda name=name: memory.counts[name])
         gauge("kvstore_index_lag", "Changes that the index has not seen", lambda: self.sessions.index_lag)
+        gauge("kvstore_expiry_stopped", "Whether too many are due at once", lambda: self.sessions.expiry.stopped)
         gauge("kvstore_calls_in_flight", "Calls being answered", lambda: self.admission.in_flight)
 
     async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:

@@ -1,5 +1,6 @@
 """`kvstore`: the server and what an operator or a newcomer does with it."""
 
+import asyncio
 import logging
 import sys
 from importlib.metadata import version as installed_version
@@ -45,7 +46,7 @@ def version() -> None:
 @app.command()
 def serve(
     config: Annotated[Path | None, typer.Option(help="A YAML file of settings (docs: deploy/kvstore.yaml)")] = None,
-    data: Annotated[str | None, typer.Option(help="The local folder of the store")] = None,
+    data: Annotated[str | None, typer.Option(help="The store: a local folder, or s3://bucket/path")] = None,
     listen: Annotated[str | None, typer.Option(help="host:port; port 0 takes a free one")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda:N")] = None,
     index: Annotated[str | None, typer.Option(help="memory or redis://host:port/db")] = None,
@@ -103,18 +104,26 @@ def info(target: TargetOption = TARGET) -> None:
 
 @app.command()
 def verify(
-    data: Annotated[Path, typer.Argument(help="The local folder of a store")],
+    data: Annotated[str, typer.Argument(help="The store: a local folder, or s3://bucket/path")],
+    endpoint: Annotated[str | None, typer.Option(help="The URL of the bucket's service")] = None,
 ) -> None:
-    """Check every object of a data folder, offline: exit 1 and the damaged ranges if there are any."""
-    from kvstore_server.storage.local import LocalStore
+    """Check every object of a store: exit 1 and the damaged ranges if there are any."""
+    from pydantic import ValidationError
+
+    from kvstore_server.config import Storage
+    from kvstore_server.storage.opening import open_store
     from kvstore_server.storage.verify import verify_store
 
-    if not data.is_dir():
+    try:
+        settings = Storage(url=data, endpoint=endpoint)
+    except ValidationError as error:
+        raise typer.BadParameter(error.errors()[0]["msg"]) from None
+    if settings.kind == "local" and not settings.folder.is_dir():
         raise typer.BadParameter(f"{data} is not a folder")
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("verifying")
         report = verify_store(
-            LocalStore(data),
+            open_store(settings),
             lambda r: progress.update(task, completed=r.sessions, total=r.sessions_total),
         )
     for damaged in report.damaged:
@@ -125,6 +134,38 @@ def verify(
     )
     if report.damaged:
         raise typer.Exit(1)
+
+
+@app.command("rebuild-index")
+def rebuild_index(
+    config: Annotated[Path | None, typer.Option(help="The servers' YAML file of settings")] = None,
+    data: Annotated[str | None, typer.Option(help="The store: a local folder, or s3://bucket/path")] = None,
+    index: Annotated[str | None, typer.Option(help="redis://host:port/db")] = None,
+) -> None:
+    """Empty the index that servers share and fill it from the store; they may go on meanwhile."""
+    from kvstore_server.app import open_index
+    from kvstore_server.config import ConfigError, load
+    from kvstore_server.errors import KVStoreError
+    from kvstore_server.sessions.rebuild import rebuild_from_nothing
+    from kvstore_server.storage.opening import open_store
+
+    given = {"storage": data, "index": index}
+    try:
+        settings = load(config, {name: {"url": url} for name, url in given.items() if url is not None})
+        if settings.index.url == "memory":
+            raise ConfigError("index.url: an index in memory is filled whenever its server starts")
+        with Console(stderr=True).status("rebuilding") as status:
+            found = asyncio.run(
+                rebuild_from_nothing(
+                    open_store(settings.storage),
+                    open_index(settings.index),
+                    lambda count: status.update(f"{count} sessions"),
+                )
+            )
+    except (ConfigError, KVStoreError) as error:
+        Console(stderr=True).print(str(error), style="red", highlight=False)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+    print(f"{found} sessions")
 
 
 @app.command()

@@ -32,6 +32,7 @@ from kvstore_codecs.spec import DEFAULT, CodecSpec
 from kvstore_server.limits import Limits
 
 ENV_PREFIX = "KVSTORE__"
+BUCKETS = ("s3", "gs", "az")
 Tree = dict[str, Any]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
@@ -103,19 +104,37 @@ class Storage(Section):
     """Where the facts are."""
 
     url: str = "kvstore-data"
-    """A local folder, as a path or as file:///path."""
+    """A local folder (a path or file:///path), or a bucket: s3://name/path, gs://name/path, az://container/path."""
+    endpoint: str | None = None
+    """Of a bucket: the service's URL, if it is not the provider's own: http://minio:9000."""
+    region: str | None = None
+    """Of a bucket on S3."""
+    request_seconds: Seconds = 20.0
+    """How long one request to a bucket may take."""
+    retry_seconds: Seconds = 60.0
+    """For how long a request to a bucket that failed is tried again."""
 
     @field_validator("url")
     @classmethod
-    def _local(cls, value: str) -> str:
+    def _known(cls, value: str) -> str:
         if not value.strip() or "\0" in value:
-            raise ValueError("must name a folder")
-        if "://" in value and not value.startswith("file:///"):
-            raise ValueError("only a local folder is supported: a path or file:///path")
+            raise ValueError("must name a folder or a bucket")
+        url = urlsplit(value)
+        if "://" in value and (url.scheme not in ("file", *BUCKETS) or bool(url.netloc) != (url.scheme in BUCKETS)):
+            raise ValueError("must be a path, file:///path, s3://bucket, gs://bucket or az://container")
+        if "@" in url.netloc:
+            raise ValueError("holds credentials: they belong into the provider's environment variables")
         return value
 
     @property
+    def kind(self) -> str:
+        """`local`, or what the bucket's url starts with."""
+        scheme = self.url.partition("://")[0]
+        return scheme if scheme in BUCKETS else "local"
+
+    @property
     def folder(self) -> Path:
+        """Of a local store."""
         return Path(self.url.removeprefix("file://"))
 
 
@@ -178,6 +197,17 @@ class Memory(Section):
     """What loaded sessions may take; the least recently used go first, and are read again from the store."""
 
 
+class Quota(Section):
+    """What each tenant may take; null is no bound. Servers count together by the index, at each sweep."""
+
+    sessions_max: Annotated[int, Field(ge=1)] | None = None
+    """Sessions that live at one time."""
+    stored_bytes_max: Annotated[int, Field(ge=1)] | None = None
+    """Bytes in the store of all of them; what forks share counts once."""
+    append_bytes_per_second_max: Annotated[int, Field(ge=1)] | None = None
+    """Bytes that one server takes in, on average."""
+
+
 class Log(Section):
     """What is written to standard error."""
 
@@ -205,6 +235,7 @@ class Settings(BaseSettings):
     device: Device = Device()
     memory: Memory = Memory()
     limits: Limits = Limits()
+    quota: Quota = Quota()
     log: Log = Log()
     codec: CodecSpec = DEFAULT
     """For sessions that are created without one (docs/codecs.md)."""
@@ -212,6 +243,11 @@ class Settings(BaseSettings):
     """How long a stopping server answers what it has admitted."""
     staleness_seconds: Seconds = 2.0
     """For how long another server's delete or append may go unnoticed."""
+    sweep_seconds: Seconds = 15.0
+    """How often the index is told which sessions were used, and unused ones are looked for."""
+    gc_grace_seconds: Seconds = 3_600.0
+    """For how long the data of an expired session can still be read by those who know its generation, and those of a
+    deleted one lie in the store."""
 
     @classmethod
     def settings_customise_sources(

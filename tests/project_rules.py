@@ -30,6 +30,7 @@ HOMES = {
     "kvstore_server": ("kvstore_server",),
     "kvstore_client": ("kvstore_client", "kvstore_server.cli", "kvstore_server.report"),
     "redis": ("kvstore_server.metadata.redis",),
+    "obstore": ("kvstore_server.storage.bucket",),
     "cupy": ("kvstore_kernels",),
 }
 """Who may import what."""

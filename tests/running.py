@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from queue import Empty, Queue
+from typing import Any
 
 from kvstore_server.app import Server
 from kvstore_server.config import Settings, load
@@ -19,20 +20,20 @@ from .redis_server import DIE_WITH_PARENT
 START_SECONDS = 240
 
 
-def settings_for(data: Path, **sections: dict[str, object]) -> Settings:
+def settings_for(data: Path, **sections: Mapping[str, object] | float) -> Settings:
     """Embedded defaults over `data`, on a free loopback port, CPU."""
-    base: dict[str, dict[str, object]] = {
+    base: dict[str, Any] = {
         "storage": {"url": str(data)},
         "listen": {"address": "127.0.0.1:0", "metrics_address": None},
         "device": {"name": "cpu"},
     }
     for name, section in sections.items():
-        base[name] = {**base.get(name, {}), **section}
+        base[name] = {**base.get(name, {}), **section} if isinstance(section, Mapping) else section
     return load(None, base)
 
 
 @asynccontextmanager
-async def serving(data: Path, **sections: dict[str, object]) -> AsyncIterator[Server]:
+async def serving(data: Path, **sections: Mapping[str, object] | float) -> AsyncIterator[Server]:
     """A server in this loop, drained at the end."""
     server = Server(settings_for(data, **sections))
     await server.start()
@@ -45,7 +46,7 @@ async def serving(data: Path, **sections: dict[str, object]) -> AsyncIterator[Se
 class ServerProcess:
     """`kvstore serve` on a free port. Every wait is bounded; the process is stopped by its id."""
 
-    def __init__(self, data: Path, *args: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, data: Path | str, *args: str, env: dict[str, str] | None = None) -> None:
         command = [
             *(sys.executable, "-S", "-c", DIE_WITH_PARENT, sys.executable, "-m", "kvstore_server.cli", "serve"),
             *("--data", str(data), "--listen", "127.0.0.1:0", "--metrics", "off", "--device", "cpu", *args),

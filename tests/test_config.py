@@ -20,7 +20,7 @@ def test_defaults_need_no_file_and_listen_on_loopback() -> None:
     settings = load()
     assert (str(settings.listen.address), str(settings.listen.metrics_address)) == ("127.0.0.1:7700", "127.0.0.1:7701")
     assert settings.index.url == "memory"
-    assert settings.storage.folder == Path("kvstore-data")
+    assert (settings.storage.kind, settings.storage.folder) == ("local", Path("kvstore-data"))
 
 
 def test_environment_overrides_file_and_command_line_overrides_both(
@@ -59,7 +59,10 @@ def test_an_empty_file_is_the_defaults(file: Path) -> None:
         ("listen: {address: '127.0.0.1:65536'}", "listen.address: '127.0.0.1:65536' is not host:port"),
         ("listen: {address: '::1:7700'}", "listen.address: an IPv6 host is written in brackets"),
         ("listen: {address: 7700}", "listen.address: "),
-        ("storage: {url: 's3://bucket'}", "storage.url: only a local folder"),
+        ("storage: {url: 'ftp://bucket'}", "storage.url: must be a path, file:///path, s3://bucket"),
+        ("storage: {url: 's3:///bucket'}", "storage.url: must be"),
+        ("storage: {url: 'file://host/folder'}", "storage.url: must be"),
+        ("storage: {url: 's3://key:secret@bucket'}", "storage.url: holds credentials"),
         ("index: {url: 'http://x'}", "index.url: must be memory"),
         ("device: {name: gpu}", "device.name: "),
         ("codec: {keys: {name: rotated, planes: 9}, values: {name: raw}}", "codec.keys.rotated.planes: "),
@@ -157,7 +160,7 @@ def test_every_setting_explains_itself() -> None:
         for name, field in model.model_fields.items()
         if not field.description and field.annotation not in models
     ]
-    assert len(models) == 8
+    assert len(models) == 9
     assert silent == []
 
 

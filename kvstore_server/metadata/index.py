@@ -1,6 +1,6 @@
 """The seam to the index: what is known of sessions and can be rebuilt from the store, and news of their growth."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Annotated, Protocol
 
@@ -12,6 +12,7 @@ REMOVED_KEPT_SECONDS = 3_600
 """How long a removed generation is remembered, so that a late put of it does not bring it back."""
 
 UNIX_SECONDS_MAX = 2.0**53
+PREFIX_CANDIDATES = 4
 
 Name = Annotated[str, Field(pattern=f"^{SESSION_NAME.pattern}$")]
 Generation = Annotated[str, Field(pattern="^[0-9]{1,15}$")]
@@ -42,6 +43,14 @@ class SessionEntry(_Record):
     def version(self) -> tuple[int, int]:
         """Never falls: a later generation or, within one, a greater length."""
         return int(self.generation), self.length
+
+
+class PrefixEntry(_Record):
+    """A session whose positions [0, end) have the token ids that a label stands for, if the store agrees."""
+
+    session: Name
+    generation: Generation
+    end: Whole
 
 
 class Notice(_Record):
@@ -76,6 +85,16 @@ class Index(Protocol):
     async def touch(self, tenant: str, name: str, unix_seconds: float) -> None:
         """Moves last_used_unix_seconds forward, never back; nothing happens if the session is not there."""
         ...
+
+    async def put_prefixes(self, tenant: str, entries: Sequence[tuple[str, PrefixEntry]]) -> None:
+        """Keeps each under its label (64 hex digits), beside those of other sessions."""
+        ...
+
+    async def find_prefixes(self, tenant: str, labels: Sequence[str]) -> Sequence[Sequence[PrefixEntry]]:
+        """For each label at most PREFIX_CANDIDATES entries."""
+        ...
+
+    async def drop_prefix(self, tenant: str, label: str, session: str) -> None: ...
 
     async def publish(self, notice: Notice) -> None:
         """Tells those who are subscribed now."""

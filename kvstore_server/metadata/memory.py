@@ -1,13 +1,20 @@
 """The index of a server that runs alone: in its own memory, rebuilt by listing the store at the start."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from heapq import nsmallest
+from itertools import islice
 from time import monotonic
 
 from kvstore_server.errors import Unavailable
-from kvstore_server.metadata.index import REMOVED_KEPT_SECONDS, Notice, SessionEntry
+from kvstore_server.metadata.index import (
+    PREFIX_CANDIDATES,
+    REMOVED_KEPT_SECONDS,
+    Notice,
+    PrefixEntry,
+    SessionEntry,
+)
 
 NOTICES_WAITING_MAX = 4_096
 
@@ -20,6 +27,7 @@ class MemoryIndex:
     def __init__(self) -> None:
         self._entries: dict[str, dict[str, SessionEntry]] = {}
         self._removed: dict[tuple[str, str], tuple[int, float]] = {}
+        self._prefixes: dict[tuple[str, str], dict[str, PrefixEntry]] = {}
         self._subscribers: set[asyncio.Queue[Notice | None]] = set()
 
     async def put(self, entry: SessionEntry) -> bool:
@@ -55,6 +63,20 @@ class MemoryIndex:
         if entry and entry.last_used_unix_seconds < unix_seconds:
             self._entries[tenant][name] = entry.model_copy(update={"last_used_unix_seconds": unix_seconds})
 
+    async def put_prefixes(self, tenant: str, entries: Sequence[tuple[str, PrefixEntry]]) -> None:
+        for label, entry in entries:
+            self._prefixes.setdefault((tenant, label), {})[entry.session] = entry
+
+    async def find_prefixes(self, tenant: str, labels: Sequence[str]) -> Sequence[Sequence[PrefixEntry]]:
+        found = (self._prefixes.get((tenant, label), {}).values() for label in labels)
+        return [tuple(islice(entries, PREFIX_CANDIDATES)) for entries in found]
+
+    async def drop_prefix(self, tenant: str, label: str, session: str) -> None:
+        entries = self._prefixes.get((tenant, label), {})
+        entries.pop(session, None)
+        if not entries:
+            self._prefixes.pop((tenant, label), None)
+
     async def publish(self, notice: Notice) -> None:
         for queue in self._subscribers:
             if queue.qsize() < NOTICES_WAITING_MAX:
@@ -81,6 +103,7 @@ class MemoryIndex:
     async def clear(self) -> None:
         self._entries.clear()
         self._removed.clear()
+        self._prefixes.clear()
 
     async def close(self) -> None:
         return

@@ -1,15 +1,16 @@
 """The index that several servers share, in Redis. What is read from it is parsed strictly and never trusted.
 
-Per tenant: a hash of entries by name (JSON), a sorted set of names for listing, a sorted set of last uses, and for each
-removed session its generation, for a while.
+Per tenant: a hash of entries by name (JSON), a sorted set of names for listing, a sorted set of last uses, for each
+removed session its generation, for a while, and for each label of a prefix a hash of sessions (JSON).
 """
 
 import asyncio
 import logging
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import partial
+from typing import TypeVar
 
 from pydantic import ValidationError
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -19,14 +20,22 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from kvstore_server.errors import Unavailable
-from kvstore_server.metadata.index import REMOVED_KEPT_SECONDS, UNIX_SECONDS_MAX, Notice, SessionEntry
+from kvstore_server.metadata.index import (
+    PREFIX_CANDIDATES,
+    REMOVED_KEPT_SECONDS,
+    UNIX_SECONDS_MAX,
+    Notice,
+    PrefixEntry,
+    SessionEntry,
+)
 from kvstore_server.metadata.keys import NAMESPACE, NOTICES, key
-from kvstore_server.metadata.scripts import PAGE, STATE, SWAP
+from kvstore_server.metadata.scripts import DROP_PREFIX, FIND_PREFIXES, PAGE, PUT_PREFIXES, STATE, SWAP
 
 log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX = 32
 RETRIES_MAX = 2
+PREFIXES_AT_ONCE = 512
 RACES_MAX = 16
 """Lost races on one session before a write gives up."""
 IDLE_SECONDS = 15.0
@@ -34,6 +43,7 @@ IDLE_SECONDS = 15.0
 
 _GENERATION = re.compile(rb"[0-9]{1,15}")
 
+T = TypeVar("T")
 Row = tuple[bytes, bytes, bytes]
 """A name, its entry and its last use, as found; empty where there is none."""
 Decide = Callable[[SessionEntry | None, int], tuple[SessionEntry | None, int] | None]
@@ -49,6 +59,8 @@ class RedisIndex:
         self._connect = partial(_client, url, password, timeout_seconds)
         self._redis = self._connect(RETRIES_MAX)
         self._state, self._page, self._swap = map(self._redis.register_script, (STATE, PAGE, SWAP))
+        scripts = (PUT_PREFIXES, FIND_PREFIXES, DROP_PREFIX)
+        self._put_prefixes, self._find_prefixes, self._drop_prefix = map(self._redis.register_script, scripts)
 
     async def put(self, entry: SessionEntry) -> bool:
         def decide(old: SessionEntry | None, removed: int) -> tuple[SessionEntry | None, int] | None:
@@ -90,6 +102,27 @@ class RedisIndex:
                 if not str(error).startswith("WRONGTYPE"):
                     raise
                 self._distrust("last uses of sessions")
+
+    async def put_prefixes(self, tenant: str, entries: Sequence[tuple[str, PrefixEntry]]) -> None:
+        for some in batched(entries, PREFIXES_AT_ONCE):
+            async with self._bounded():
+                await self._put_prefixes(
+                    [key(tenant, "prefix", label) for label, _ in some],
+                    [text for _, entry in some for text in (entry.session, entry.model_dump_json())],
+                )
+
+    async def find_prefixes(self, tenant: str, labels: Sequence[str]) -> Sequence[Sequence[PrefixEntry]]:
+        found: list[Sequence[PrefixEntry]] = []
+        for some in batched(labels, PREFIXES_AT_ONCE):
+            async with self._bounded():
+                keys = [key(tenant, "prefix", label) for label in some]
+                rows: list[list[bytes]] = await self._find_prefixes(keys, [PREFIX_CANDIDATES])
+            found += [[entry for value in row if (entry := self._prefix(value))] for row in rows]
+        return found
+
+    async def drop_prefix(self, tenant: str, label: str, session: str) -> None:
+        async with self._bounded():
+            await self._drop_prefix([key(tenant, "prefix", label)], [session])
 
     async def publish(self, notice: Notice) -> None:
         async with self._bounded():
@@ -171,6 +204,12 @@ class RedisIndex:
             return entry.model_copy(update={"last_used_unix_seconds": last_used})
         return entry
 
+    def _prefix(self, value: bytes) -> PrefixEntry | None:
+        try:
+            return PrefixEntry.model_validate_json(value)
+        except ValidationError:
+            return self._distrust("a prefix")
+
     def _distrust(self, what: str) -> None:
         self.malformed += 1
         log.warning("the index holds %s that this program did not write", what)
@@ -188,6 +227,11 @@ def _unavailable() -> Generator[None]:
         yield
     except (RedisError, OSError, TimeoutError) as error:
         raise Unavailable("INDEX_UNAVAILABLE", "the index does not answer") from error
+
+
+def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
 
 
 def _keys(tenant: str) -> list[str]:

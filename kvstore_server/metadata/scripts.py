@@ -1,4 +1,5 @@
-"""What must happen in Redis as one step. KEYS of one tenant: sessions, names, used and, of one session, removed."""
+"""What must happen in Redis as one step. KEYS of one tenant: sessions, names, used and, of one session, removed; or, of
+prefixes, one hash for each label."""
 
 # Our values are under 2 KiB: longer ones, and keys of another type, are as good as absent and not worth a transfer.
 _VALUE_OF = """
@@ -54,3 +55,31 @@ return 1
 """
 )
 """Changes one session if its entry and its removed generation are still what they were: 1, else 0."""
+
+PUT_PREFIXES = """
+for i, name in ipairs(KEYS) do
+  local found = redis.call('TYPE', name)['ok']
+  if found ~= 'hash' and found ~= 'none' then redis.call('DEL', name) end
+  redis.call('HSET', name, ARGV[2 * i - 1], ARGV[2 * i])
+end
+"""
+"""For each label its session and entry: ARGV holds them in pairs."""
+
+FIND_PREFIXES = (
+    _VALUE_OF
+    + """
+local rows = {}
+for i, name in ipairs(KEYS) do
+  local row, found = {}, redis.pcall('HRANDFIELD', name, ARGV[1], 'WITHVALUES')
+  for j = 2, found['err'] and 0 or #found, 2 do row[#row + 1] = value_of(found[j]) end
+  rows[i] = row
+end
+return rows
+"""
+)
+"""For each label the entries of at most ARGV[1] sessions."""
+
+DROP_PREFIX = """
+redis.pcall('HDEL', KEYS[1], ARGV[1])
+"""
+"""Forgets the session ARGV[1] under one label."""

@@ -194,6 +194,7 @@ def header_from(message: pb.AppendHeader) -> AppendHeader:
         encoding=chosen(ENCODING_NAMES, message.encoding, "header.encoding"),
         fit_fingerprint=message.fit_fingerprint,
         block_hashes=tuple(message.block_hashes),
+        block_tokens=message.block_tokens,
     )
 
 

@@ -90,7 +90,15 @@ class KVStoreServicer:
         return pb.ForkSessionResponse(session=convert.session_to(info), already_present=present)
 
     async def MatchPrefix(self, request: pb.MatchPrefixRequest, _: grpc.aio.ServicerContext) -> pb.MatchPrefixResponse:
-        raise Unimplemented("NOT_HERE", "this server does not match prefixes")
+        found = await self._sessions.prefixes.match(TENANT, request.model_fingerprint, request.block_hashes)
+        if found is None:
+            return pb.MatchPrefixResponse()
+        return pb.MatchPrefixResponse(
+            session=found.session,
+            generation=found.generation,
+            end=found.end,
+            valid_until_unix_seconds=found.valid_until_unix_seconds,
+        )
 
     async def Prefetch(self, request: pb.PrefetchRequest, context: grpc.aio.ServicerContext) -> pb.PrefetchResponse:
         generation = request.generation if request.HasField("generation") else None

@@ -27,6 +27,7 @@ from kvstore_server.sessions.encoding import accept_sketch, encode_layer, fit_is
 from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.live import LiveSession
 from kvstore_server.sessions.model import AppendResult
+from kvstore_server.sessions.quotas import Quotas
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.storage.commit_log import AlreadyPresent, CommitLog, Committed
 from kvstore_server.storage.digest import append_digest
@@ -44,9 +45,16 @@ class Appending:
     """Admits, collects, encodes and commits appends. What is committed is shielded from the caller going away."""
 
     def __init__(
-        self, registry: Registry, indexing: Indexing, engine: Engine, backend: Backend, limits: Limits
+        self,
+        registry: Registry,
+        indexing: Indexing,
+        quotas: Quotas,
+        engine: Engine,
+        backend: Backend,
+        limits: Limits,
     ) -> None:
         self.registry, self.indexing, self.engine, self.backend = registry, indexing, engine, backend
+        self.quotas = quotas
         self.limits = limits
         self.commits: set[asyncio.Task[AppendResult]] = set()
         self._count = 0
@@ -64,8 +72,19 @@ class Appending:
             text = f"start {header.start} is beyond the length {live.length}"
             raise OutOfRange("BEYOND_LENGTH", text, length=live.length)
         self._check_encoding(live, header)
+        await self._check_quota(live, header)
         with self._reserved(header.data_bytes):
             yield OpenAppend(self, live, header, deadline)
+
+    async def _check_quota(self, live: LiveSession, header: AppendHeader) -> None:
+        """What is there already may be sent again: the answer may have been lost."""
+        tenant = live.state.tenant
+        refusal = self.quotas.append_refusal(tenant)
+        if refusal is not None:
+            await self.registry.discover(live)
+            if header.start >= live.length:
+                raise refusal
+        self.quotas.received(tenant, header.data_bytes)
 
     @contextmanager
     def _reserved(self, size: int) -> Iterator[None]:
@@ -94,6 +113,10 @@ class Appending:
             raise InvalidArgument("header.tokens", "must be at least 1")
         if any(len(each) != HASH_BYTES for each in header.block_hashes):
             raise InvalidArgument("header.block_hashes", f"each must have {HASH_BYTES} bytes", limit=HASH_BYTES)
+        size = header.block_tokens
+        count = (header.start + header.tokens) // size - header.start // size if size else 0
+        if len(header.block_hashes) != count:
+            raise InvalidArgument("header.block_tokens", f"{count} blocks of {size} tokens end here", limit=count)
 
     @staticmethod
     def _check_encoding(live: LiveSession, header: AppendHeader) -> None:
@@ -193,6 +216,7 @@ class OpenAppend:
             values=tuple(values for _, values in rows),
             fit=fit,
             block_hashes=header.block_hashes,
+            block_tokens=header.block_tokens,
         )
 
         def commit() -> Committed | AlreadyPresent:
@@ -207,9 +231,11 @@ class OpenAppend:
         except Aborted:
             self._appending.registry.forget(live.state.tenant, live.state.session)
             raise
+        if isinstance(outcome, Committed):
+            self._appending.quotas.stored(live.state.tenant, outcome.entry.stored_bytes)
         self._appending.registry.make_room(live)
         await self._appending.registry.ensure_fit(live)
-        self._appending.indexing.changed(live.state.tenant, live.info())
+        self._appending.indexing.changed(live)
         return self._result(outcome)
 
     def _result(self, outcome: Committed | AlreadyPresent) -> AppendResult:

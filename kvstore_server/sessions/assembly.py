@@ -32,6 +32,7 @@ class AppendHeader:
     encoding: Encoding
     fit_fingerprint: str = ""
     block_hashes: tuple[bytes, ...] = ()
+    block_tokens: int = 0
 
 
 @dataclass(frozen=True)

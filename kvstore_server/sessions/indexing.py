@@ -7,8 +7,9 @@ from time import time
 from typing import Any
 
 from kvstore_server.errors import ResourceExhausted, Unavailable
-from kvstore_server.metadata.index import Index, SessionEntry
-from kvstore_server.sessions.model import SessionInfo
+from kvstore_server.metadata.index import Index, Notice, SessionEntry
+from kvstore_server.sessions.live import LiveSession
+from kvstore_server.sessions.prefixes import prefix_entries
 
 LOG = logging.getLogger(__name__)
 PENDING_MAX = 10_000
@@ -47,9 +48,9 @@ class Indexing:
             LOG.warning("the index has not heard of %d changes", self.lag)
         await self._index.close()
 
-    def changed(self, tenant: str, info: SessionInfo) -> None:
-        """The session is there, with these facts."""
-        now = time()
+    def changed(self, live: LiveSession) -> None:
+        """The session is there, as it is known now. Its fit must have been read."""
+        now, tenant, info = time(), live.state.tenant, live.info()
         entry = SessionEntry(
             tenant=tenant,
             name=info.name,
@@ -63,15 +64,30 @@ class Indexing:
             created_unix_seconds=info.created_unix_seconds,
             last_used_unix_seconds=max(now, info.created_unix_seconds),
         )
-        self._queue(tenant, info.name, lambda: self._index.put(entry))
+
+        async def send() -> None:
+            await self._index.put(entry)
+            known = len(live.state.entries or ())
+            await self._index.put_prefixes(tenant, prefix_entries(live, live.indexed_entries))
+            live.indexed_entries = known
+
+        self._queue(tenant, info.name, send)
 
     def removed(self, tenant: str, name: str, generation: str) -> None:
-        self._queue(tenant, name, lambda: self._index.remove(tenant, name, generation))
+        async def send() -> None:
+            await self._index.remove(tenant, name, generation)
+            await self._index.publish(Notice(tenant=tenant, session=name, generation=generation, length=0))
+
+        self._queue(tenant, name, send)
+
+    async def flush(self) -> None:
+        """Sends what waits. Raises Unavailable when the index does not answer."""
+        if self._pending:
+            await self._send_pending()
 
     async def names(self, tenant: str, prefix: str, limit: int, after: str) -> list[str]:
         """Session names in order, after what waits was sent. Raises Unavailable when the index does not answer."""
-        if self._pending:
-            await self._send_pending()
+        await self.flush()
         entries = await self._index.list(tenant, prefix=prefix, after=after, limit=limit)
         return [entry.name for entry in entries]
 

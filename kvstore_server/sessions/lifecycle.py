@@ -8,6 +8,7 @@ from kvstore_server.errors import InvalidArgument, OutOfRange
 from kvstore_server.limits import Limits
 from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.model import SessionInfo
+from kvstore_server.sessions.quotas import Quotas
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.storage.keys import check_name
 
@@ -17,8 +18,10 @@ TTL_SECONDS_MAX = 10 * 365 * 86_400.0
 class Lifecycle:
     """The unary session calls. All are idempotent: the same call again says `already_present` or does nothing."""
 
-    def __init__(self, registry: Registry, indexing: Indexing, limits: Limits, default_codec: CodecSpec) -> None:
-        self._registry, self._indexing, self._limits = registry, indexing, limits
+    def __init__(
+        self, registry: Registry, indexing: Indexing, quotas: Quotas, limits: Limits, default_codec: CodecSpec
+    ) -> None:
+        self._registry, self._indexing, self._quotas, self._limits = registry, indexing, quotas, limits
         self._default_codec = default_codec
 
     async def create(
@@ -39,15 +42,14 @@ class Lifecycle:
             check_spec(spec, shape)
         except ValueError as error:
             raise InvalidArgument("codec_json", str(error)) from None
+        await self._check_quota(tenant, name)
         log = self._registry.log(tenant)
         _, present = await asyncio.to_thread(log.create, name, shape, spec, ttl_seconds=ttl_seconds, pinned=pinned)
-        return await self._known(tenant, name), present
+        return await self._created(tenant, name, present), present
 
     async def get(self, tenant: str, name: str) -> SessionInfo:
         check_name("name", name)
-        live = await self._registry.open(tenant, name, None)
-        await self._registry.discover(live)
-        return live.info()
+        return (await self._registry.open_now(tenant, name, None)).info()
 
     async def page(self, tenant: str, prefix: str, page_size: int, page_token: str) -> tuple[list[SessionInfo], str]:
         """Sessions in order of their names from `page_token` on, and the next token, empty at the end."""
@@ -74,7 +76,7 @@ class Lifecycle:
         """Sets what is given and leaves the rest."""
         check_name("name", name)
         check_ttl(ttl_seconds)
-        live = await self._registry.open(tenant, name, generation or None)
+        live = await self._registry.open_now(tenant, name, generation or None)
         log = self._registry.log(tenant)
         keep = None if clear_ttl else live.state.ttl_seconds
         ttl = keep if ttl_seconds is None else ttl_seconds
@@ -106,23 +108,32 @@ class Lifecycle:
         check_name("source", source)
         check_name("name", name)
         check_ttl(ttl_seconds)
-        live = await self._registry.open(tenant, source, source_generation)
-        if end is None or end > live.length:
-            await self._registry.discover(live)
+        live = await self._registry.open_now(tenant, source, source_generation)
         end = live.length if end is None else end
         if end > live.length:
             raise OutOfRange("BEYOND_LENGTH", f"end {end} is beyond the length {live.length}", length=live.length)
+        await self._check_quota(tenant, name)
         log = self._registry.log(tenant)
         _, present = await asyncio.to_thread(log.fork, live.state, end, name, ttl_seconds=ttl_seconds, pinned=pinned)
-        return await self._known(tenant, name), present
+        return await self._created(tenant, name, present), present
+
+    async def _check_quota(self, tenant: str, name: str) -> None:
+        """What is there already may be created again."""
+        refusal = self._quotas.session_refusal(tenant)
+        if refusal is not None and await self._registry.find(tenant, name) is None:
+            raise refusal
+
+    async def _created(self, tenant: str, name: str, present: bool) -> SessionInfo:
+        if not present:
+            self._quotas.created(tenant)
+        return await self._known(tenant, name)
 
     async def _known(self, tenant: str, name: str) -> SessionInfo:
         """The session as the store has it now, also in the index."""
         self._registry.forget(tenant, name)
         live = await self._registry.open(tenant, name, None)
-        info = live.info()
-        self._indexing.changed(tenant, info)
-        return info
+        self._indexing.changed(live)
+        return live.info()
 
     def _check_shape(self, shape: ModelShape) -> None:
         limits = self._limits

@@ -24,6 +24,10 @@ class LiveSession:
         self.fit: Fit | None = None
         self.checked_at = 0.0
         self.used_at = 0.0
+        self.told_at = 0.0
+        """The index knows of uses until then."""
+        self.indexed_entries = 0
+        """The index knows the token blocks of so many appends."""
         self._scanned, self._stored_bytes = 0, 0
         self._fit_entry: AppendEntry | None = None
 

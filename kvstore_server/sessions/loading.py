@@ -10,15 +10,14 @@ from kvstore_server.storage.session_state import AppendEntry, SessionState
 
 def extend_resident(log: CommitLog, state: SessionState, resident: ResidentSession, end: int) -> None:
     """Reads the appends that `resident` lacks below `end`, in order; DataLoss names the first damaged range."""
-    for entry in log.appends(state):
-        if resident.length <= entry.start < end:
-            segment = log.read(state, entry)
-            kept = entry.end - entry.start
-            rows = [
-                (shortened(keys, kept), shortened(values, kept))
-                for keys, values in zip(segment.keys, segment.values, strict=True)
-            ]
-            resident.extend(entry.start, rows, kept)
+    missing = [entry for entry in log.appends(state) if resident.length <= entry.start < end]
+    for entry, segment in zip(missing, log.read_all(state, missing), strict=True):
+        kept = entry.end - entry.start
+        rows = [
+            (shortened(keys, kept), shortened(values, kept))
+            for keys, values in zip(segment.keys, segment.values, strict=True)
+        ]
+        resident.extend(entry.start, rows, kept)
 
 
 def read_fit(log: CommitLog, state: SessionState, entry: AppendEntry) -> Fit:

@@ -63,7 +63,7 @@ class Querying:
     async def bind(self, tenant: str, session: str, generation: str | None) -> SessionInfo:
         """The session an Attend handle stands for."""
         check_name("bind.session", session)
-        return (await self._registry.open(tenant, session, generation)).info()
+        return (await self._registry.open(tenant, session, generation, to_read=True)).info()
 
     async def prefetch(
         self, tenant: str, session: str, generation: str | None, end: int, deadline: float
@@ -208,7 +208,7 @@ class Querying:
         self, tenant: str, session: str, generation: str | None, end: int, deadline: float
     ) -> tuple[LiveSession, ResidentSession]:
         check_name("session", session)
-        live = await self._registry.open(tenant, session, generation)
+        live = await self._registry.open(tenant, session, generation, to_read=True)
         return live, await self._registry.load(live, end, deadline)
 
     def _candidates(self, query: Query, k: int, oversampling: float | None) -> int:

@@ -3,6 +3,7 @@
 import asyncio
 import weakref
 from collections.abc import Callable
+from math import inf
 from time import monotonic
 
 from kvstore_server.errors import Aborted, DeadlineExceeded, NotFound, OutOfRange
@@ -11,6 +12,7 @@ from kvstore_server.memory.resident import ResidentSession
 from kvstore_server.sessions.live import LiveSession
 from kvstore_server.sessions.loading import extend_resident, read_fit
 from kvstore_server.storage.commit_log import CommitLog
+from kvstore_server.storage.keys import is_generation
 from kvstore_server.storage.store import ObjectStore
 
 LOADS_AT_ONCE = 2
@@ -28,10 +30,12 @@ class Registry:
         store: ObjectStore,
         host_bytes_max: int,
         staleness_seconds: float,
+        grace_seconds: float,
         allocate: Allocate = pageable,
         opened: Callable[[LiveSession], None] = lambda _: None,
     ) -> None:
         self._store = store
+        self._grace_seconds = grace_seconds
         self._allocate = allocate
         self._opened = opened
         self._host_bytes_max = host_bytes_max
@@ -60,18 +64,44 @@ class Registry:
             live = await self._from_store(tenant, name)
         return live
 
-    async def open(self, tenant: str, name: str, generation: str | None) -> LiveSession:
-        """The living session; NotFound, or Aborted if it is not the generation that was named."""
+    async def open(self, tenant: str, name: str, generation: str | None, *, to_read: bool = False) -> LiveSession:
+        """The living session; NotFound, or Aborted if it is not the generation that was named.
+
+        `to_read`: or that generation, if it expired a short while ago.
+        """
         live = await self.find(tenant, name)
+        if generation and live is not None and generation > live.generation:
+            live = await self._from_store(tenant, name)  # created again by another server, since the last look
         if generation and (live is None or generation != live.generation):
+            live = await self._expired(tenant, name, generation) if to_read else None
+        if generation and live is None:
             raise Aborted("GENERATION_GONE", f"generation {generation} of the session is gone", session=name)
         if live is None:
             raise NotFound("SESSION_NOT_FOUND", f"there is no session {name}", session=name)
         live.used_at = monotonic()
         return live
 
+    async def open_now(self, tenant: str, name: str, generation: str | None) -> LiveSession:
+        """As open, with everything that other servers have done until now."""
+        live = await self.open(tenant, name, generation)
+        try:
+            await self.discover(live)
+        except Aborted:
+            self.forget(tenant, name)
+            live = await self.open(tenant, name, generation)
+        return live
+
     def forget(self, tenant: str, name: str) -> None:
         self._open.pop((tenant, name), None)
+
+    def opened(self) -> list[LiveSession]:
+        """Those that are open now."""
+        return list(self._open.values())
+
+    def doubt(self, tenant: str, name: str) -> None:
+        """The next use of this session, if it is open, compares it with the store."""
+        if live := self._open.get((tenant, name)):
+            live.checked_at = -inf
 
     async def discover(self, live: LiveSession) -> None:
         """Takes in what other servers have appended."""
@@ -149,6 +179,33 @@ class Registry:
         live.checked_at = now
         return not superseded
 
+    async def _expired(self, tenant: str, name: str, generation: str) -> LiveSession | None:
+        """Kept beside the living ones, under a name that no session can have."""
+        kept = f"{name}@{generation}"
+        live = self._open.get((tenant, kept))
+        if live is not None and monotonic() - live.checked_at < self._staleness_seconds:
+            return live
+        now = monotonic()
+        state = None
+        if is_generation(generation):
+            state = await asyncio.to_thread(self.log(tenant).expired, name, generation, self._grace_seconds)
+        if state is None:
+            self.forget(tenant, kept)
+            return None
+        if live is None:
+            live = LiveSession(state, self._allocate)
+            await asyncio.to_thread(self.log(tenant).appends, state)
+            await self.ensure_fit(live)
+            self._keep(tenant, kept, live)
+        live.checked_at = now
+        return live
+
+    def _keep(self, tenant: str, name: str, live: LiveSession) -> None:
+        if len(self._open) >= OPEN_MAX:
+            oldest = min(self._open.items(), key=lambda item: item[1].used_at)
+            self.forget(*oldest[0])
+        self._open[tenant, name] = live
+
     async def _from_store(self, tenant: str, name: str) -> LiveSession | None:
         now = monotonic()
         state = await asyncio.to_thread(self.log(tenant).load, name)
@@ -159,12 +216,9 @@ class Registry:
         self._opened(live)
         await asyncio.to_thread(self.log(tenant).appends, state)
         await self.ensure_fit(live)
-        if len(self._open) >= OPEN_MAX:
-            oldest = min(self._open.items(), key=lambda item: item[1].used_at)
-            self.forget(*oldest[0])
         # Another call may have opened it meanwhile: one of them must be the one that everybody extends.
         present = self._open.get((tenant, name))
         if present is not None and present.generation == live.generation:
             return present
-        self._open[tenant, name] = live
+        self._keep(tenant, name, live)
         return live

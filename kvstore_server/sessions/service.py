@@ -4,19 +4,27 @@ import asyncio
 import logging
 
 from kvstore_server.config import Settings
+from kvstore_server.errors import Unavailable
 from kvstore_server.memory.growing import pageable
 from kvstore_server.metadata.index import Index
 from kvstore_server.scheduling.engine import Engine
 from kvstore_server.sessions.appending import Appending
 from kvstore_server.sessions.attention import Device
+from kvstore_server.sessions.expiry import Expiry
+from kvstore_server.sessions.freshness import Freshness
 from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.lifecycle import Lifecycle
+from kvstore_server.sessions.maintenance import Maintenance
+from kvstore_server.sessions.prefixes import Prefixes
 from kvstore_server.sessions.querying import Querying
+from kvstore_server.sessions.quotas import Quotas
+from kvstore_server.sessions.rebuild import rebuild
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.sessions.warming import Warmer
 from kvstore_server.storage.store import ObjectStore
 
 LOG = logging.getLogger(__name__)
+FILL_RETRY_SECONDS = 5.0
 
 
 class SessionService:
@@ -25,7 +33,9 @@ class SessionService:
     def __init__(self, store: ObjectStore, index: Index, engine: Engine, device: Device, settings: Settings) -> None:
         self.limits = settings.limits
         self.default_codec = settings.codec
-        self._store = store
+        self._store, grace = store, settings.gc_grace_seconds
+        self._shared_index = settings.index.url != "memory"
+        self._filling: asyncio.Task[None] | None = None
         self._indexing = Indexing(index)
         paging = device.backend.paging
         self._warmer = Warmer(device.backend)
@@ -33,11 +43,19 @@ class SessionService:
             store,
             settings.memory.host_bytes_max,
             settings.staleness_seconds,
+            grace,
             pageable if paging is None else paging.pinned,
             lambda live: self._warmer.begin(live.state.spec, live.state.shape),
         )
-        self.lifecycle = Lifecycle(self.registry, self._indexing, self.limits, self.default_codec)
-        self.appending = Appending(self.registry, self._indexing, engine, device.backend, self.limits)
+        self._freshness = Freshness(index, self.registry)
+        self.expiry = Expiry(self.registry, self._indexing)
+        quotas = Quotas(settings.quota)
+        self.maintenance = Maintenance(
+            store, index, self.registry, self.expiry, quotas, sweep_seconds=settings.sweep_seconds, grace_seconds=grace
+        )
+        self.prefixes = Prefixes(self.registry, index, self.limits, grace)
+        self.lifecycle = Lifecycle(self.registry, self._indexing, quotas, self.limits, self.default_codec)
+        self.appending = Appending(self.registry, self._indexing, quotas, engine, device.backend, self.limits)
         self.querying = Querying(self.registry, engine, device, self.limits)
 
     @property
@@ -45,34 +63,35 @@ class SessionService:
         return self._indexing.lag
 
     async def start(self) -> None:
-        """Fills an empty index from the store. A damaged session is left out and logged; the others are served."""
+        """Fills the index from the store; one that servers share is there already, and is brought up to date meanwhile.
+
+        A damaged session is left out and logged; the others are served.
+        """
         self._indexing.start()
-        found = await self.rebuild_index()
-        LOG.info("found %d sessions", found)
+        self._freshness.start()
+        self.maintenance.start()
+        self._filling = asyncio.create_task(self._fill_index())
+        if not self._shared_index:
+            await self._filling
         await asyncio.to_thread(self._warmer.wait)
 
-    async def rebuild_index(self) -> int:
-        """Puts every session of the store into the index; how many there are."""
-        found = 0
-        for tenant in await asyncio.to_thread(self._store.list_folders, ""):
-            for name in await asyncio.to_thread(self._store.list_folders, tenant):
-                found += await self._index_one(tenant, name)
-        return found
-
-    async def _index_one(self, tenant: str, name: str) -> bool:
-        try:
-            live = await self.registry.find(tenant, name)
-        except Exception:
-            LOG.exception("a session could not be opened and is left out of the index")
-            return False
-        if live is None:
-            return False
-        self._indexing.changed(tenant, live.info())
-        return True
+    async def _fill_index(self) -> None:
+        while True:
+            try:
+                await rebuild(self._store, self.registry, self._indexing)
+            except Unavailable as error:
+                LOG.warning("the index is not filled yet: %s", error)
+                await asyncio.sleep(FILL_RETRY_SECONDS)
+            else:
+                return
 
     async def close(self) -> None:
         """Waits for commits that are under way, then for the index."""
         self._warmer.close()
+        if self._filling is not None:
+            self._filling.cancel()
         if self.appending.commits:
             await asyncio.wait(set(self.appending.commits), timeout=10)
+        await self.maintenance.close()
+        await self._freshness.close()
         await self._indexing.close()

@@ -6,9 +6,9 @@ names: `start` must equal the length, so every position has one winner, without 
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 from kvstore_codecs.plan import Fit
@@ -24,6 +24,7 @@ from kvstore_server.errors import (
 )
 from kvstore_server.storage.checksums import Damage, whole_damage
 from kvstore_server.storage.container import DamagedError
+from kvstore_server.storage.in_order import in_order
 from kvstore_server.storage.keys import log_key, ref_key
 from kvstore_server.storage.log_reader import read_entries, read_entry
 from kvstore_server.storage.meta import ANCESTORS_MAX
@@ -105,6 +106,14 @@ class CommitLog:
     def delete(self, session: str, generation: str | None = None) -> str | None:
         """Ends the living generation (only that one, if it is named); its name, None if there is nothing to delete."""
         return self._meta.delete(session, generation)
+
+    def expire(self, session: str, generation: str, is_due: Callable[[SessionState], bool]) -> str | None:
+        """As delete of a generation that nobody uses, if `is_due` still says so of its newest attributes."""
+        return self._meta.expire(session, generation, is_due)
+
+    def expired(self, session: str, generation: str, grace_seconds: float) -> SessionState | None:
+        """A generation that expired less than `grace_seconds` ago, to be read only; its log is not read yet."""
+        return self._meta.expired(session, generation, grace_seconds)
 
     @_serialised
     def superseded(self, state: SessionState) -> bool:
@@ -195,6 +204,7 @@ class CommitLog:
         values: tuple[KindRows, ...],
         fit: Fit | None = None,
         block_hashes: tuple[bytes, ...] = (),
+        block_tokens: int = 0,
         start: int | None = None,
     ) -> Segment:
         """The next append of `state`, not committed. `fit` only if this append made it.
@@ -216,6 +226,7 @@ class CommitLog:
             shape_fingerprint=state.shape.fingerprint,
             fit_range=(fit.token_start, fit.token_end) if fit else None,
             block_hashes=block_hashes,
+            block_tokens=block_tokens,
             created_unix_seconds=self._clock(),
         )
         return Segment(header, keys, values, fit)
@@ -266,6 +277,10 @@ class CommitLog:
         if damages:
             raise data_loss(entry.identity(self._tenant), damages[0])
         return segment
+
+    def read_all(self, state: SessionState, entries: Sequence[AppendEntry]) -> Iterator[Segment]:
+        """As read, of each in order; where the store is far away, several are read ahead."""
+        return in_order(partial(self.read, state), entries, self._store.reads_at_once)
 
     def inspect(self, state: SessionState, entry: AppendEntry) -> tuple[Segment, list[Damage]]:
         """As read, but lists damaged pages, so that all others may be used; DataLoss if none may."""

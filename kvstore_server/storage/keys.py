@@ -28,9 +28,14 @@ def is_component(name: str) -> bool:
     return _COMPONENT.fullmatch(name) is not None
 
 
+def is_key(key: str) -> bool:
+    """Whether every component is allowed."""
+    return _KEY.fullmatch(key) is not None
+
+
 def check_key(key: str) -> None:
     """InvalidArgument unless every component is allowed."""
-    if not _KEY.fullmatch(key):
+    if not is_key(key):
         raise InvalidArgument("key", "has a component that is not allowed")
 
 
@@ -67,9 +72,13 @@ def log_key(tenant: str, session: str, generation: str, start: int) -> str:
     return f"{log_folder(tenant, session, generation)}/{start:012d}.safetensors"
 
 
+def refs_folder(tenant: str, session: str, generation: str) -> str:
+    return f"{tenant}/{session}/{generation}/refs"
+
+
 def ref_key(tenant: str, parent: str, parent_generation: str, child: str, child_generation: str) -> str:
     """Names the child's generation too: a reference of an earlier child of that name may be about to be collected."""
-    return f"{tenant}/{parent}/{parent_generation}/refs/{child}/{child_generation}"
+    return f"{refs_folder(tenant, parent, parent_generation)}/{child}/{child_generation}"
 
 
 def meta_seqs(keys: list[str]) -> list[int]:

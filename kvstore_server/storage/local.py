@@ -14,6 +14,7 @@ from kvstore_server.errors import KVStoreError, ResourceExhausted, Unavailable
 from kvstore_server.storage.durable_names import DurableNames
 from kvstore_server.storage.filesystem import FileSystem, OsFileSystem
 from kvstore_server.storage.keys import check_key, is_component
+from kvstore_server.storage.probe import FOLDER, prove_create_once
 from kvstore_server.storage.reserve import Reserve
 from kvstore_server.storage.store import Buffer
 
@@ -36,6 +37,8 @@ class LocalStore:
     never removed. A delete is not synced: after a power cut the object may be there again, which is harmless because
     names are never used twice.
     """
+
+    reads_at_once = 1
 
     def __init__(
         self,
@@ -102,16 +105,16 @@ class LocalStore:
             self._files.unlink(path)
 
     def probe(self) -> None:
-        key = f"_probe/{secrets.token_hex(16)}"
+        prove_create_once(self)
+        key = f"{FOLDER}/{secrets.token_hex(16)}"
         try:
-            created = self.put_if_absent(key, [b"first"])
-            refused = not self.put_if_absent(key, [b"second"]) and not self._link_over(key)
-            kept = bytes(self.get(key)) == b"first"
+            self.put_if_absent(key, [b"first"])
+            replaced = self._link_over(key)
         finally:
             with contextlib.suppress(KVStoreError):
                 self.delete(key)
-        if not (created and refused and kept):
-            raise Unavailable("STORE_UNSAFE", "the store does not refuse to create an object twice")
+        if replaced:
+            raise Unavailable("STORE_UNSAFE", "a link replaces what has the name")
 
     def _put(self, key: str, parts: Sequence[Buffer]) -> bool:
         path = self._path(key)

@@ -1,10 +1,12 @@
 """Reads logs: objects in order, each header verified, what is missing or damaged named instead of skipped."""
 
 from dataclasses import replace
+from functools import partial
 
 from kvstore_server.storage.checksums import whole_damage
 from kvstore_server.storage.container import HEADER_CRC_BYTES, DamagedError, data_offset
 from kvstore_server.storage.geometry import layout_of
+from kvstore_server.storage.in_order import in_order
 from kvstore_server.storage.keys import log_folder, log_key, log_starts
 from kvstore_server.storage.segment import data_loss, read_header
 from kvstore_server.storage.segment_header import Identity
@@ -51,25 +53,32 @@ def _read_log(store: ObjectStore, first: Identity, limit: int | None) -> list[Ap
     """One generation's own log from `first` on, cut at `limit`."""
     starts = log_starts(store.list_keys(log_folder(first.tenant, first.session, first.generation)))
     starts = [start for start in starts if limit is None or start < limit]
+    identities = [replace(first, start=start) for start in starts]
     entries: list[AppendEntry] = []
     position = first.start
-    for start, following in zip(starts, [*starts[1:], limit], strict=False):
-        identity = replace(first, start=start)
+    read = in_order(partial(_entry_or_error, store), identities, store.reads_at_once)
+    for identity, entry, following in zip(identities, read, [*starts[1:], limit], strict=False):
+        start = identity.start
         if start < position:
             raise data_loss(identity, whole_damage(start, position, "two objects hold these positions"))
         if start > position:
             entries.append(_damaged(replace(identity, start=position), start, "missing"))
-        try:
-            entry = read_entry(store, identity)
-        except (DamagedError, KeyError) as error:
+        if not isinstance(entry, AppendEntry):
             if following is None:
                 return entries
-            entry = _damaged(identity, following, str(error))
+            entry = _damaged(identity, following, str(entry))
         entries.append(entry if limit is None else cut(entry, limit))
         position = entries[-1].end
     if limit is not None and position < limit:
         entries.append(_damaged(replace(first, start=position), limit, "missing"))
     return entries
+
+
+def _entry_or_error(store: ObjectStore, identity: Identity) -> AppendEntry | DamagedError | KeyError:
+    try:
+        return read_entry(store, identity)
+    except (DamagedError, KeyError) as error:
+        return error
 
 
 def _damaged(identity: Identity, end: int, what: str) -> AppendEntry:

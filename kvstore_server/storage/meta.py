@@ -67,7 +67,14 @@ class Delete(_Record, frozen=True):
     generation: str
 
 
-Record = Create | Attributes | Delete
+class Expire(_Record, frozen=True):
+    """Ends a generation that nobody used: those who name it may still read it for a while."""
+
+    type: Literal["expire"] = "expire"
+    generation: str
+
+
+Record = Create | Attributes | Delete | Expire
 _RECORD: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="type")])
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from kvstore_codecs.spec import CodecSpec, ModelShape
 from kvstore_server.errors import Aborted, AlreadyExists, DataLoss, Unavailable
 from kvstore_server.storage.keys import check_name, generation_name, meta_folder, meta_key, meta_seqs
-from kvstore_server.storage.meta import Ancestor, Attributes, Create, Delete, Record, read_record, write_record
+from kvstore_server.storage.meta import Ancestor, Attributes, Create, Delete, Expire, Record, read_record, write_record
 from kvstore_server.storage.session_state import SessionState
 from kvstore_server.storage.store import ObjectStore
 
@@ -45,7 +45,7 @@ class MetaLog:
         changes: list[Attributes] = []
         for seq in range(seqs[-1], seqs[0] - 1, -1):
             record = self._read(session, seq)
-            if isinstance(record, Delete):
+            if isinstance(record, Delete | Expire):
                 return Head(None, seqs[-1] + 1)
             if isinstance(record, Create):
                 state = _state_of(record)
@@ -109,13 +109,73 @@ class MetaLog:
 
     def delete(self, session: str, generation: str | None) -> str | None:
         """Ends the living generation (only that one, if it is named); its name, None if there is nothing to delete."""
+        return self._end(Delete, session, generation)
+
+    def expire(self, session: str, generation: str, is_due: Callable[[SessionState], bool]) -> str | None:
+        """As delete, if its attributes are still such that it is due when the record is put."""
+        return self._end(Expire, session, generation, is_due)
+
+    def _end(
+        self,
+        kind: type[Delete | Expire],
+        session: str,
+        generation: str | None,
+        is_due: Callable[[SessionState], bool] = lambda state: True,
+    ) -> str | None:
         for _ in range(ATTEMPTS):
             state, seq = self.head(session)
-            if state is None or generation not in (None, state.generation):
+            if state is None or generation not in (None, state.generation) or not is_due(state):
                 return None
-            if self._put(Delete(**self._stamp(session, seq), generation=state.generation)):
+            if self._put(kind(**self._stamp(session, seq), generation=state.generation)):
                 return state.generation
         raise _contended(session)
+
+    def expired(self, session: str, generation: str, grace_seconds: float) -> SessionState | None:
+        """A generation that expired less than `grace_seconds` ago."""
+        state, end = self._life(session, generation)
+        if isinstance(end, Expire) and self._clock() < end.created_unix_seconds + grace_seconds:
+            return state
+        return None
+
+    def ended_unix_seconds(self, session: str, generation: str) -> float | None:
+        """When it was deleted or expired; None while it lives."""
+        end = self._life(session, generation)[1]
+        return None if end is None else end.created_unix_seconds
+
+    def shares(self, child: str, child_generation: str, session: str, generation: str) -> bool:
+        """Whether the child was forked from that generation, directly or not."""
+        state = self._life(child, child_generation)[0]
+        owners = state.ancestors if state else ()
+        return any((owner.session, owner.generation) == (session, generation) for owner in owners)
+
+    def settle_absent(self, session: str, generation: str) -> bool:
+        """True if that generation has no record: from now on it never can have one.
+
+        Its number is taken by a record that deletes what never was.
+        """
+        record = Delete(**self._stamp(session, int(generation)), generation=generation)
+        try:
+            found = self._read(session, int(generation))
+        except DataLoss:
+            return self._put(record)
+        return isinstance(found, Delete) and found.generation == generation
+
+    def _life(self, session: str, generation: str) -> tuple[SessionState | None, Delete | Expire | None]:
+        """The generation with its last attributes, and the record that ended it; None and None if it never was."""
+        check_name("session", session)
+        state = None
+        before = meta_key(self._tenant, session, int(generation) - 1) if int(generation) else ""
+        for seq in meta_seqs(self._store.list_keys(meta_folder(self._tenant, session), start_after=before)):
+            record = self._read(session, seq)
+            if isinstance(record, Create) and record.seq == int(generation):
+                state = _state_of(record)
+            elif state is None:
+                break
+            elif isinstance(record, Attributes):
+                _apply(state, record)
+            else:
+                return state, record if isinstance(record, Delete | Expire) else None
+        return state, None
 
     def refresh(self, state: SessionState) -> None:
         """Reads the records after `state.seq` into it; Aborted if the generation is gone."""
@@ -149,7 +209,7 @@ class MetaLog:
     def _put(self, record: Record) -> bool:
         """Whether this very record is in place: the store may have written it and lost the answer."""
         key = meta_key(self._tenant, record.session, record.seq)
-        if self._store.put_if_absent(key, [write_record(record)], urgent=isinstance(record, Delete)):
+        if self._store.put_if_absent(key, [write_record(record)], urgent=isinstance(record, Delete | Expire)):
             return True
         return self._read(record.session, record.seq).writer == record.writer
 

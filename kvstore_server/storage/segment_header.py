@@ -36,7 +36,8 @@ class SegmentHeader:
     shared one for a fork's first), so that objects of two histories cannot be mixed; None and "" at position 0.
 
     `encoding` is how the bytes came, `encoded_by` who made the sketches. `fit_range` is set if this append made the
-    fit: the positions it was computed from. `block_hashes` are those of the token-id blocks that end in this append.
+    fit: the positions it was computed from. `block_hashes` are those of the token-id blocks that end in this append,
+    each of `block_tokens` tokens (0 without hashes).
     """
 
     identity: Identity
@@ -51,6 +52,7 @@ class SegmentHeader:
     fit_range: tuple[int, int] | None
     block_hashes: tuple[bytes, ...]
     created_unix_seconds: float
+    block_tokens: int = 0
 
     @property
     def start(self) -> int:
@@ -90,6 +92,7 @@ class _Metadata:
     fit_range: tuple[Position, Position] | None
     block_hashes: tuple[Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$")], ...]
     created_unix_seconds: Annotated[float, Field(ge=0)]
+    block_tokens: Position = 0
 
 
 _METADATA = TypeAdapter(_Metadata)
@@ -122,6 +125,7 @@ def to_metadata(header: SegmentHeader) -> dict[str, str]:
         "fit_range": _json(header.fit_range),
         "block_hashes": _json([block.hex() for block in header.block_hashes]),
         "created_unix_seconds": repr(header.created_unix_seconds),
+        **({"block_tokens": str(header.block_tokens)} if header.block_tokens else {}),
     }
 
 
@@ -153,6 +157,7 @@ def from_metadata(metadata: dict[str, str]) -> SegmentHeader:
         fit_range=read.fit_range,
         block_hashes=tuple(bytes.fromhex(block) for block in read.block_hashes),
         created_unix_seconds=read.created_unix_seconds,
+        block_tokens=read.block_tokens,
     )
 
 

@@ -1,5 +1,6 @@
 """What a process knows of one generation of one session: facts of its meta records and, once read, its appends."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from threading import RLock
 
@@ -28,12 +29,20 @@ class AppendEntry:
     exact: int = 0
     fit_range: tuple[int, int] | None = None
     block_hashes: tuple[bytes, ...] = ()
+    block_tokens: int = 0
     stored_bytes: int = 0
     created_unix_seconds: float = 0.0
     damage: str = ""
 
     def identity(self, tenant: str) -> Identity:
         return Identity(tenant, self.session, self.generation, self.start)
+
+    def blocks(self) -> Iterator[tuple[int, bytes]]:
+        """(end, chained hash) of the token-id blocks that end in this append, as far as it is shared."""
+        for number, block_hash in enumerate(self.block_hashes if self.block_tokens else (), start=1):
+            end = (self.start // self.block_tokens + number) * self.block_tokens
+            if end <= self.end:
+                yield end, block_hash
 
 
 def entry_of(key: str, header: SegmentHeader, stored_bytes: int) -> AppendEntry:
@@ -50,6 +59,7 @@ def entry_of(key: str, header: SegmentHeader, stored_bytes: int) -> AppendEntry:
         exact=header.geometry.exact,
         fit_range=header.fit_range,
         block_hashes=header.block_hashes,
+        block_tokens=header.block_tokens,
         stored_bytes=stored_bytes,
         created_unix_seconds=header.created_unix_seconds,
     )

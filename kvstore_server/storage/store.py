@@ -10,8 +10,11 @@ class ObjectStore(Protocol):
     """Keys are `/`-separated; objects are never overwritten, so a successful put is a commit.
 
     Raises kvstore_server.errors: ResourceExhausted (DISK_FULL) when nothing was written, Unavailable when the outcome
-    is unknown. Blocking: callers run it in a worker thread.
+    is unknown. Blocking: callers run it in a worker thread; several may call at a time.
     """
+
+    reads_at_once: int
+    """How many reads at a time are quicker than one after another."""
 
     def put_if_absent(self, key: str, parts: Sequence[Buffer], *, urgent: bool = False) -> bool:
         """Durably creates `key` from the concatenated parts; False, changing nothing, if it exists already.

@@ -96,7 +96,7 @@ class _SessionCheck:
 
     def _check_objects(self, generation: str) -> None:
         starts = log_starts(self._store.list_keys(log_folder(self._tenant, self._session, generation)))
-        for start, following in zip(starts, [*starts[1:], None], strict=True):
+        for start, following in zip(starts, [*starts[1:], None], strict=False):
             identity = Identity(self._tenant, self._session, generation, start)
             key = log_key(self._tenant, self._session, generation, start)
             try:

@@ -12,6 +12,7 @@ from kvstore_client import (
     PrefixMatch,
     ProjectionInfo,
     Session,
+    TokenChain,
 )
 from kvstore_client.info import shape_from, shape_to
 from kvstore_codecs.spec import DEFAULT, RAW
@@ -134,8 +135,8 @@ async def test_deleting_names_the_generation_only_from_a_handle(
 async def test_a_prefix_match_is_a_value_or_nothing(server: ScriptedServer, client: AsyncKVStoreClient):
     found = pb.MatchPrefixResponse(session="book", generation="1", end=512, valid_until_unix_seconds=9.0)
     server.will("MatchPrefix", found, pb.MatchPrefixResponse())
-    assert await client.match_prefix("llama", [b"a", b"b"]) == PrefixMatch("book", "1", 512, 9.0)
-    assert await client.match_prefix("llama", []) is None
+    assert await client.match_prefix("llama", TokenChain(256, (b"a", b"b"))) == PrefixMatch("book", "1", 512, 9.0)
+    assert await client.match_prefix("llama", TokenChain(256, ())) is None
     assert list(server.calls[0].request.block_hashes) == [b"a", b"b"]
 
 
@@ -174,7 +175,7 @@ CALLS: dict[str, tuple[object, Use]] = {
     "UpdateSession": (pb.UpdateSessionResponse(session=inputs.session()), lambda _, s: s.update(pinned=True)),
     "DeleteSession": (pb.DeleteSessionResponse(), lambda _, s: s.delete()),
     "ForkSession": (pb.ForkSessionResponse(session=inputs.session()), lambda _, s: s.fork("x")),
-    "MatchPrefix": (pb.MatchPrefixResponse(), lambda c, _: c.match_prefix("m", [])),
+    "MatchPrefix": (pb.MatchPrefixResponse(), lambda c, _: c.match_prefix("m", TokenChain(1, ()))),
     "Prefetch": (pb.PrefetchResponse(resident_bytes=3), lambda _, s: s.prefetch()),
     "Append": (AppendLog(10), lambda _, s: s.append(*block(1))),
     "Score": ([SCORES], lambda _, s: s.score(0, query())),

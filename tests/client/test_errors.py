@@ -11,7 +11,7 @@ from kvstore_server import errors as server_errors
 from .scripted import Failure, ScriptedServer
 
 CODES = sorted(kind.code for kind in BY_CODE.values())
-UNRETRIED = [code for code in CODES if code not in ("UNAVAILABLE", "DEADLINE_EXCEEDED")]
+UNRETRIED = [code for code in CODES if code not in ("CANCELLED", "DEADLINE_EXCEEDED", "UNAVAILABLE")]
 
 
 @pytest.mark.parametrize("code", UNRETRIED)

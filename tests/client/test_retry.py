@@ -6,6 +6,7 @@ import pytest
 from kvstore_client import (
     NO_RETRY,
     Aborted,
+    Cancelled,
     DeadlineExceeded,
     Internal,
     InvalidArgument,
@@ -15,6 +16,7 @@ from kvstore_client import (
     Retry,
     Unavailable,
 )
+from kvstore_client.errors import CLOSED
 
 RETRY = Retry(attempts=5, base_delay_seconds=1, max_delay_seconds=5, factor=2, jitter=0)
 
@@ -63,7 +65,15 @@ async def test_the_last_attempt_s_error_is_raised():
     assert len(operation.allowed) == 5
 
 
-@pytest.mark.parametrize("error", [InvalidArgument("x"), NotFound("x"), Aborted("x"), Internal("x")])
+async def test_a_call_that_a_stopping_server_cancels_is_made_again():
+    clock = FakeClock()
+    operation = Operation(clock, Cancelled("x"))
+    assert await RETRY.run(operation, timeout=60, clock=clock) == "done"
+
+
+@pytest.mark.parametrize(
+    "error", [InvalidArgument("x"), NotFound("x"), Aborted("x"), Internal("x"), Cancelled("x", reason=CLOSED)]
+)
 async def test_what_cannot_succeed_is_tried_once(error: KVStoreError):
     clock = FakeClock()
     operation = Operation(clock, error)

@@ -4,7 +4,15 @@ import time
 
 import pytest
 
-from kvstore_client import NO_RETRY, AsyncKVStoreClient, DeadlineExceeded, ResourceExhausted, Session, Unavailable
+from kvstore_client import (
+    NO_RETRY,
+    AsyncKVStoreClient,
+    Cancelled,
+    DeadlineExceeded,
+    ResourceExhausted,
+    Session,
+    Unavailable,
+)
 from kvstore_proto.v1 import kvstore_pb2 as pb
 
 from . import inputs
@@ -44,6 +52,12 @@ async def test_nobody_listening_is_unavailable_within_the_deadline():
     async with AsyncKVStoreClient("127.0.0.1:1", retry=NO_RETRY) as client:
         with pytest.raises(Unavailable):
             await client.server_info(timeout=5)
+
+
+async def test_a_closed_client_says_so(server: ScriptedServer, client: AsyncKVStoreClient):
+    await client.close()
+    with pytest.raises(Cancelled, match="the client is closed"):
+        await client.server_info()
 
 
 async def test_a_lost_call_is_made_again(server: ScriptedServer, client: AsyncKVStoreClient):

@@ -183,6 +183,8 @@ BAD_HEADERS: list[tuple[dict[str, Any], str, str]] = [
     ({"encoding": pb.ENCODING_SKETCH, "start": TOKENS}, "FAILED_PRECONDITION", ""),
     ({"generation": "7"}, "ABORTED", ""),
     ({"block_hashes": [b"short"]}, "INVALID_ARGUMENT", "header.block_hashes"),
+    ({"block_hashes": [b"h" * 32]}, "INVALID_ARGUMENT", "header.block_tokens"),
+    ({"block_tokens": 1}, "INVALID_ARGUMENT", "header.block_tokens"),
 ]
 
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from kvstore_server.metadata.index import Index, Notice
+from kvstore_server.metadata.index import PREFIX_CANDIDATES, Index, Notice, PrefixEntry
 
 from .entries import entry
 
@@ -159,3 +159,33 @@ async def test_every_subscriber_hears_what_is_published_while_it_listens(index: 
 
 async def test_ping_answers(index: Index) -> None:
     await index.ping()
+
+
+def prefix(session: str, end: int = 256, generation: int = 1) -> PrefixEntry:
+    return PrefixEntry(session=session, generation=f"{generation:012d}", end=end)
+
+
+async def test_prefixes_are_found_by_label_for_each_tenant(index: Index) -> None:
+    a, b = "a" * 64, "b" * 64
+    await index.put_prefixes("default", [(a, prefix("s")), (b, prefix("s", 512)), (a, prefix("t"))])
+    await index.put_prefixes("other", [(b, prefix("u"))])
+    found = await index.find_prefixes("default", [b, "c" * 64, a])
+    assert [sorted(entry.session for entry in entries) for entries in found] == [["s"], [], ["s", "t"]]
+    assert list(found[0]) == [prefix("s", 512)]
+    await index.put_prefixes("default", [(a, prefix("s", generation=2))])
+    await index.drop_prefix("default", a, "t")
+    await index.drop_prefix("default", "d" * 64, "t")
+    assert list((await index.find_prefixes("default", [a]))[0]) == [prefix("s", generation=2)]
+
+
+async def test_of_many_sessions_with_one_prefix_some_are_found(index: Index) -> None:
+    await index.put_prefixes("default", [("a" * 64, prefix(f"s{number}")) for number in range(600)])
+    (found,) = await index.find_prefixes("default", ["a" * 64])
+    assert len(found) == PREFIX_CANDIDATES
+
+
+async def test_more_labels_than_one_call_takes_are_all_asked(index: Index) -> None:
+    labels = [f"{number:064x}" for number in range(1200)]
+    await index.put_prefixes("default", [(label, prefix("s", end)) for end, label in enumerate(labels)])
+    found = await index.find_prefixes("default", labels)
+    assert [entry.end for (entry,) in found] == list(range(1200))

@@ -1,16 +1,20 @@
-"""Stores in memory, and parsing that is remembered for tests that open thousands of them."""
+"""Every kind of store, and parsing that is remembered for tests that open thousands of them."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvstore_server.storage import commit_log, log_reader, meta_log
+from kvstore_server.storage.bucket import BucketStore
 from kvstore_server.storage.commit_log import CommitLog
+from kvstore_server.storage.local import LocalStore
 
+from ..s3_server import S3Server, s3_server
 from . import inputs
-from .memory_store import MemoryStore
+from .memory_store import CountedStore, MemoryStore
 
 
 def _by_content(parse: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,9 +41,20 @@ def parse_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commit_log, "inspect_segment", _by_content(commit_log.inspect_segment))
 
 
-@pytest.fixture
-def store() -> MemoryStore:
-    return MemoryStore()
+@pytest.fixture(scope="session")
+def s3() -> Generator[S3Server]:
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["memory", "local", "bucket"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> MemoryStore:
+    if request.param == "memory":
+        return MemoryStore()
+    if request.param == "local":
+        return CountedStore(LocalStore(tmp_path))
+    s3: S3Server = request.getfixturevalue("s3")
+    return CountedStore(BucketStore(s3.bucket(), endpoint=s3.endpoint))
 
 
 @pytest.fixture

@@ -52,6 +52,7 @@ def next_segment(
     widths: tuple[int, int] = (1, 1),
     fit: Fit | None = None,
     block_hashes: tuple[bytes, ...] = (),
+    block_tokens: int = 0,
     start: int | None = None,
 ) -> Segment:
     """The next append of `state`: layer 0 dense, all others signs. Equal seeds give equal digests."""
@@ -74,6 +75,7 @@ def next_segment(
         values=tuple(layers[1]),
         fit=fit,
         block_hashes=block_hashes,
+        block_tokens=block_tokens,
         start=start,
     )
 

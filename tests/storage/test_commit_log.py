@@ -1,6 +1,7 @@
 """Appends: one winner for each position, repeats recognised, a constant price."""
 
 import threading
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -201,6 +202,42 @@ def test_a_writer_that_always_loses_the_next_record_gives_up(monkeypatch: pytest
     with pytest.raises(Unavailable):
         log.update(state, ttl_seconds=2.0, pinned=True)
     assert store.tries == ATTEMPTS
+
+
+class FarAway(MemoryStore):
+    """Each read takes a while; `at_once` is how many were under way together."""
+
+    reads_at_once = 8
+    at_once = _reading = 0
+
+    def get_range(self, key: str, start: int, end: int) -> bytes:
+        return self._slowly(super().get_range(key, start, end))
+
+    def get(self, key: str) -> bytes:
+        return self._slowly(super().get(key))
+
+    def _slowly(self, data: bytes) -> bytes:
+        self._reading += 1
+        self.at_once = max(self.at_once, self._reading)
+        time.sleep(0.01)
+        self._reading -= 1
+        return data
+
+
+def test_a_log_that_is_far_away_is_read_many_at_a_time_and_in_order() -> None:
+    store = FarAway()
+    log = commit_log(store)
+    state = created(log)
+    for seed in range(40):
+        append(log, state, 1 + seed % 3, seed=seed)
+    store.at_once = 0
+    found = loaded(log)
+    assert found.entries == state.entries
+    assert 4 < store.at_once <= store.reads_at_once
+    store.at_once = 0
+    read = [segment.header.digest for segment in log.read_all(found, log.appends(found))]
+    assert read == [entry.digest for entry in log.appends(state)]
+    assert 4 < store.at_once <= store.reads_at_once
 
 
 def test_a_segment_of_another_state_is_our_bug(log: CommitLog) -> None:

@@ -12,6 +12,7 @@ from kvstore_server.storage.commit_log import AlreadyPresent, CommitLog
 from kvstore_server.storage.local import LocalStore
 from kvstore_server.storage.session_state import SessionState
 
+from ..faults.tally import TALLY, times
 from .facts import Found, facts_of
 from .inputs import SHAPE, SPEC, append, commit_log, next_segment
 from .memory_disk import MemoryDisk, Tree
@@ -177,11 +178,18 @@ def test_no_power_cut_loses_or_invents_anything() -> None:
     source = random.Random(seed)
     reopened = 0
     runs: list[Run] = [every_call]
-    while reopened < 10_000:
+    row = TALLY.row("power cut after a store operation, images")
+    while reopened < times(10_000, 100_000):
         disk, run = MemoryDisk(), runs.pop()
         cuts = PowerCuts(disk, run, expected_facts(run), lambda disk=disk: images(disk, source))
-        cuts.check_everywhere()
-        reopened += cuts.reopened
+        try:
+            cuts.check_everywhere()
+        except Lost:
+            row.losses += 1
+            raise
+        finally:
+            reopened += cuts.reopened
+            row.cycles = row.operations = reopened
         runs.append(random_calls(source.randrange(2**32)))
 
 

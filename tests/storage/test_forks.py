@@ -132,7 +132,8 @@ def test_a_retry_at_a_shared_position_is_recognised_only_if_all_of_it_is_shared(
         log.already_present(child, 2, 2, entries[1].digest)
 
 
-def test_at_most_64_sessions_share(log: CommitLog) -> None:
+def test_at_most_64_sessions_share() -> None:
+    log = commit_log(MemoryStore())
     state = created(log, "s0")
     for number in range(64):
         append(log, state, seed=number)

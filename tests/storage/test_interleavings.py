@@ -14,14 +14,16 @@ import pytest
 from kvstore_server.errors import DataLoss, KVStoreError
 from kvstore_server.storage import commit_log as commit_log_module
 from kvstore_server.storage import meta_log
+from kvstore_server.storage.collecting import Collector
 from kvstore_server.storage.commit_log import AlreadyPresent, Committed
+from kvstore_server.storage.keys import log_folder, refs_folder
 from kvstore_server.storage.meta_log import MetaLog
 from kvstore_server.storage.segment import Segment, write_segment
 from kvstore_server.storage.session_state import SessionState
 from kvstore_server.storage.store import Buffer, ObjectStore
 
 from .facts import facts_of
-from .inputs import SHAPE, SPEC, TENANT, append, commit_log, next_segment
+from .inputs import CLOCK_SECONDS, SHAPE, SPEC, TENANT, append, commit_log, next_segment
 from .memory_store import MemoryStore
 from .records import checkpoint
 
@@ -36,6 +38,8 @@ class Suspended(BaseException):
 
 class Replay:
     """A store that answers the first calls from the record, makes one new call, and stops at the one after it."""
+
+    reads_at_once = 1
 
     def __init__(self, objects: Objects, answers: Answers) -> None:
         self.store = MemoryStore(objects)
@@ -192,11 +196,8 @@ def forker(store: ObjectStore) -> Any:
 
 
 def collector(store: ObjectStore) -> Any:
-    """Removes what a deleted generation left, unless a fork refers to it (docs/format.md)."""
-    log = commit_log(store)
-    if log.load("a") is None and not store.list_keys(f"{TENANT}/a/000000000000/refs"):
-        for key in store.list_keys(f"{TENANT}/a/000000000000/log"):
-            store.delete(key)
+    """Removes what a deleted generation left, as soon as it may."""
+    Collector(store, TENANT, 0.0, lambda: CLOCK_SECONDS).collect("a")
     return "collected"
 
 
@@ -237,7 +238,7 @@ def check_fork(outcomes: dict[str, Outcome]) -> None:
     for name, outcome in outcomes.items():
         try:
             found = facts_of(MemoryStore(dict(outcome.objects))).get("child")
-        except DataLoss as error:
+        except (DataLoss, KeyError) as error:
             raise Violation(f"when {name} was done: {error}") from error
         if found is not None and len(found.appends) != 1:
             raise Violation(f"when {name} was done: {found}")
@@ -310,6 +311,30 @@ def test_a_fork_that_does_not_look_at_its_parent_again_is_found(
     one_append: Objects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MetaLog, "refresh", lambda log, state: None)
+    with pytest.raises(Violation):
+        Explorer(FORKS, check_fork).run(one_append)
+
+
+def test_a_collector_that_does_not_settle_a_reference_without_a_fork_is_found(
+    one_append: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MetaLog, "settle_absent", lambda log, session, generation: False)
+    with pytest.raises(Violation):
+        Explorer(FORKS, check_fork).run(one_append)
+
+
+def test_a_collector_that_looks_for_references_first_is_found(
+    one_append: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def collect(collector: Collector, session: str, generation: str) -> int:
+        store: Any = collector._store
+        refs = store.list_keys(refs_folder(TENANT, session, generation))
+        if not refs and collector._is_over(session, generation):
+            for key in store.list_keys(log_folder(TENANT, session, generation)):
+                store.delete(key)
+        return 0
+
+    monkeypatch.setattr(Collector, "_collect", collect)
     with pytest.raises(Violation):
         Explorer(FORKS, check_fork).run(one_append)
 

@@ -13,6 +13,15 @@
 
 #define SCALE_BYTES (KEY_SCALES * 512)
 
+// As many registers as keep all values out of memory: with several units or groups that leaves one block a multiprocessor.
+#if UNITS > 1 || KEY_GROUPS > 1
+#define BOUNDS __launch_bounds__(256, 1)
+#elif ROW_TILES > 1 && __CUDA_ARCH__ >= 900
+#define BOUNDS __launch_bounds__(256, 2)
+#else
+#define BOUNDS TWO_BLOCKS
+#endif
+
 __device__ __forceinline__ void store_one(void* out, i64 at, float v) {
     if (OUT_HALF)
         ((u16*)out)[at] = (u16)to_halves(v, v);
@@ -28,7 +37,7 @@ __device__ __forceinline__ void store_pair(void* out, i64 at, float a, float b) 
         *(float2*)((float*)out + at) = make_float2(a, b);
 }
 
-extern "C" __global__ void TWO_BLOCKS
+extern "C" __global__ void BOUNDS
     score(const u8* __restrict__ slab, const int* __restrict__ table, const Head* __restrict__ heads,
           const int* __restrict__ unit_words, const float* __restrict__ y, void* __restrict__ out, i64 page_first, i64 page_end,
           i64 split_pages, i64 first, i64 end, i64 origin, i64 out_stride, i64 rows, i64 query_heads, i64 group, i64 y_stride,

@@ -803,6 +803,7 @@ class AppendHeader(_message.Message):
     ENCODING_FIELD_NUMBER: _builtins.int
     FIT_FINGERPRINT_FIELD_NUMBER: _builtins.int
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     generation: _builtins.str
     start: _builtins.int
@@ -813,9 +814,13 @@ class AppendHeader(_message.Message):
     encoding: Global___Encoding.ValueType
     fit_fingerprint: _builtins.str
     """For ENCODING_SKETCH: Session.fit_fingerprint."""
+    block_tokens: _builtins.int
+    """Tokens of one block, counted from position 0; only with block_hashes."""
     @_builtins.property
     def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Chained hashes of the token-id blocks that end inside this append."""
+        """Chained hashes of the token-id blocks that end inside this append: those of blocks start / block_tokens up to,
+        not including, (start + tokens) / block_tokens.
+        """
 
     def __init__(
         self,
@@ -828,10 +833,11 @@ class AppendHeader(_message.Message):
         encoding: Global___Encoding.ValueType = ...,
         fit_fingerprint: _builtins.str = ...,
         block_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
+        block_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "bytes", b"bytes", "encoding", b"encoding", "fit_fingerprint", b"fit_fingerprint", "generation", b"generation", "session", b"session", "start", b"start", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "block_tokens", b"block_tokens", "bytes", b"bytes", "encoding", b"encoding", "fit_fingerprint", b"fit_fingerprint", "generation", b"generation", "session", b"session", "start", b"start", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,143 @@
+"""Whatever befalls Redis: sessions are read and appended by name, no answer is wrong, and a rebuild restores it."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+from typer.testing import CliRunner
+
+from kvstore_client import NO_RETRY, AsyncKVStoreClient, KVStoreError, TokenChain
+from kvstore_codecs.spec import RAW
+from kvstore_server.cli import app
+from kvstore_server.metadata.keys import NAMESPACE
+
+from ..redis_server import RedisServer
+from ..running import serving
+from .tally import TALLY, times
+from .workload import SHAPE, check, vectors
+
+pytestmark = pytest.mark.redis
+BLOCK_TOKENS = 16
+NAMED = SHAPE.model_copy(update={"model_fingerprint": "llama"})
+Clients = tuple[list[AsyncKVStoreClient], AsyncKVStoreClient]
+Fault = Callable[[RedisServer, Redis], Awaitable[None]]
+
+
+async def stop(server: RedisServer, _: Redis) -> None:
+    server.stop()
+
+
+async def restart(server: RedisServer, _: Redis) -> None:
+    server.stop()
+    server.start()
+
+
+async def flush(_: RedisServer, redis: Redis) -> None:
+    await redis.flushall()
+
+
+async def give_wrong_types(_: RedisServer, redis: Redis) -> None:
+    for name in [name async for name in redis.scan_iter(f"{NAMESPACE}*")]:
+        await redis.delete(name)
+        await redis.set(name, "not ours")
+
+
+async def fill_memory(_: RedisServer, redis: Redis) -> None:
+    await redis.config_set("maxmemory", "1")
+
+
+async def make_read_only(_: RedisServer, redis: Redis) -> None:
+    await redis.replicaof("127.0.0.1", "9")
+
+
+async def slow_down(_: RedisServer, redis: Redis) -> None:
+    await redis.client_pause(1500)
+
+
+FAULTS: dict[str, Fault] = {
+    "stopped": stop,
+    "restarted": restart,
+    "flushed": flush,
+    "of wrong types": give_wrong_types,
+    "out of memory": fill_memory,
+    "read-only": make_read_only,
+    "slow": slow_down,
+}
+
+
+async def heal(server: RedisServer) -> None:
+    """As it was when it started, with whatever data the fault left."""
+    if server.process is None:
+        server.start()
+    async with Redis.from_url(server.url, retry=None) as redis:
+        await redis.config_set("maxmemory", "0")
+        await redis.replicaof("NO", "ONE")
+
+
+@asynccontextmanager
+async def served(folder: Path, redis: RedisServer) -> AsyncIterator[Clients]:
+    """One for each server, and one of the second that does not ask again."""
+    index = {"url": redis.url, "timeout_seconds": 0.3}
+    async with (
+        serving(folder, index=index, staleness_seconds=0.2) as one,
+        serving(folder, index=index, staleness_seconds=0.2) as two,
+        AsyncKVStoreClient(f"127.0.0.1:{one.port}") as first,
+        AsyncKVStoreClient(f"127.0.0.1:{two.port}") as second,
+        AsyncKVStoreClient(f"127.0.0.1:{two.port}", retry=NO_RETRY) as asking,
+    ):
+        yield [first, second], asking
+
+
+async def answered(call: Awaitable[object]) -> object:
+    """What a call that needs the index answers; it may only say that the index is away."""
+    try:
+        return await call
+    except KVStoreError as error:
+        assert (error.code, error.reason) == ("UNAVAILABLE", "INDEX_UNAVAILABLE")  # noqa: PT017
+        return None
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_redis_may_fail_in_any_way(tmp_path: Path, redis: RedisServer, fault: str) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    chance, row = random.Random(seed), TALLY.row(f"Redis {fault}")
+    chain = TokenChain.of(range(512), block_tokens=BLOCK_TOKENS)
+    lengths: dict[str, int] = {}
+    async with served(tmp_path, redis) as (clients, asking):
+        for cycle in range(times(1, 10)):
+            name = f"s{cycle}"
+            k, v = vectors(name)
+            await clients[0].create_session(name, NAMED, RAW)
+            async with Redis.from_url(redis.url) as raw:
+                await FAULTS[fault](redis, raw)
+            lengths[name] = 0
+            for _ in range(4):
+                session = await chance.choice(clients).open_session(name)
+                start, end = lengths[name], lengths[name] + chance.randint(1, 64)
+                await session.append(k[:, start:end], v[:, start:end], start=start, chain=chain)
+                lengths[name] = end
+                for client in clients:
+                    await check(await client.open_session(name), 0, end)
+                    row.operations += 2
+                row.operations += 1
+            listed = await answered(asking.list_sessions(timeout=5))
+            assert listed is None or {info.name for info in listed} <= set(lengths)  # type: ignore[attr-defined]
+            match = await answered(asking.match_prefix("llama", chain, timeout=5))
+            assert match is None or match.end <= lengths[match.session]  # type: ignore[attr-defined]
+            row.cycles += 1
+            await heal(redis)
+        await asyncio.sleep(1.5)  # what waited is told again, which must not matter
+        arguments = ["rebuild-index", "--data", str(tmp_path), "--index", redis.url]
+        rebuilt = await asyncio.to_thread(CliRunner().invoke, app, arguments)
+        assert (rebuilt.exit_code, rebuilt.stdout) == (0, f"{len(lengths)} sessions\n")
+        longest = max(length // BLOCK_TOKENS for length in lengths.values()) * BLOCK_TOKENS
+        for client in clients:
+            assert {info.name: info.length for info in await client.list_sessions()} == lengths
+            match = await client.match_prefix("llama", chain)
+            assert (match.end if match else 0) == longest
+            row.operations += 2

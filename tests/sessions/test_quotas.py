@@ -1,0 +1,55 @@
+import pytest
+
+from kvstore_server.config import Quota
+from kvstore_server.errors import ResourceExhausted
+from kvstore_server.sessions.quotas import Quotas
+
+from ..metadata.entries import entry
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def facts(refusal: ResourceExhausted | None) -> tuple[str, str] | None:
+    return None if refusal is None else (refusal.reason, refusal.facts["quota"])
+
+
+def test_without_a_quota_nothing_is_refused() -> None:
+    quotas = Quotas(Quota())
+    quotas.received("a", 1 << 60)
+    quotas.stored("a", 1 << 60)
+    assert quotas.append_refusal("a") is quotas.session_refusal("a") is None
+
+
+def test_what_the_index_tells_and_what_came_since_count_together() -> None:
+    quotas = Quotas(Quota(sessions_max=3, stored_bytes_max=2500))
+    quotas.measured("a", [entry("x"), entry("y")])  # 1,000 bytes each
+    quotas.stored("a", 499)
+    assert quotas.append_refusal("a") is quotas.session_refusal("a") is None
+    quotas.stored("a", 1)
+    quotas.created("a")
+    assert facts(quotas.append_refusal("a")) == ("QUOTA", "stored_bytes_max")
+    assert facts(quotas.session_refusal("a")) == ("QUOTA", "sessions_max")
+    assert quotas.append_refusal("b") is quotas.session_refusal("b") is None
+    quotas.measured("a", [entry("x")])
+    assert quotas.append_refusal("a") is quotas.session_refusal("a") is None
+
+
+@pytest.mark.parametrize("size", [10, 1000, 100_000])
+def test_appends_of_any_size_come_at_the_rate_on_average(size: int) -> None:
+    clock = Clock()
+    quotas = Quotas(Quota(append_bytes_per_second_max=1000), clock)
+    admitted = 0
+    while clock.now < 1100:
+        refusal = quotas.append_refusal("a")
+        if refusal is None:
+            quotas.received("a", size)
+            admitted += size
+        else:
+            assert facts(refusal) == ("QUOTA", "append_bytes_per_second_max")
+            clock.now += refusal.retry_after_seconds + 1e-9
+    assert 1000 * 1000 <= admitted <= 1000 * 1000 + 2 * size
