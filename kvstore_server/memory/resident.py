@@ -7,10 +7,11 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from kvstore_codecs.plan import CodecPlan, DensePlan, KindPlan, SignPlan
+from kvstore_codecs.plan import CodecPlan, DensePlan, KindPlan, ProjectedPlan, SignPlan
+from kvstore_codecs.projected import ProjectedRows, StoredRows
 from kvstore_codecs.sketch import KindRows
 from kvstore_codecs.spec import KINDS, Kind, ModelShape
-from kvstore_kernels import DenseRows, Rows, SignRows, Signs, as_torch_dtype
+from kvstore_kernels import DenseRows, SignRows, Signs, as_torch_dtype
 from kvstore_server.memory.growing import GrowingRows
 
 AppendRows = Sequence[tuple[KindRows, KindRows]]
@@ -23,8 +24,8 @@ class Block:
 
     start: int
     end: int
-    keys: Rows
-    values: Rows
+    keys: StoredRows
+    values: StoredRows
 
 
 class KindStore:
@@ -119,8 +120,10 @@ class ResidentSession:
         assert self.exact_end is not None
         return self._layers[layer][kind].sketched(start - self.exact_end, end - self.exact_end)
 
-    def _compressed(self, layer: int, kind: Kind, start: int, end: int, level: int) -> Rows:
+    def _compressed(self, layer: int, kind: Kind, start: int, end: int, level: int) -> StoredRows:
         plan = self.plan_of(layer, kind)
         if isinstance(plan, SignPlan):
             return SignRows(self.signs(layer, kind, start, end), plan.levels[min(level, len(plan.levels) - 1)])
+        if isinstance(plan, ProjectedPlan):
+            return ProjectedRows(self.signs(layer, kind, start, end).scales, plan)
         return DenseRows(self.exact_rows(layer, kind, start, end))

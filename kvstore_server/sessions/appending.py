@@ -150,8 +150,10 @@ class OpenAppend:
         plan, exact, fit = live.plan, _exact_tokens(header, live.exact_end), None
         if plan is None and fit_is_due(spec, header.start + header.tokens):
             resident = await appending.registry.fill(live, live.length)
-            fit = await self._on_device(lambda: make_fit(spec, resident, self._assembly, header.start))
-            plan = await self._on_device(lambda: plan_for(spec, shape, fit))
+            fit = await self._on_device(
+                lambda: make_fit(spec, resident, self._assembly, header.start, live.projections)
+            )
+            plan = await self._on_device(lambda: plan_for(spec, shape, fit, live.projections))
             exact = _exact_tokens(header, max(spec.sink_tokens, header.start))
         rows: list[LayerRows] = []
         at_once = max(1, ENCODE_BYTES * shape.layers // header.data_bytes)

@@ -6,8 +6,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from kvstore_codecs import projected
 from kvstore_codecs.plan import SignPlan
-from kvstore_codecs.resolve import default_debias
 from kvstore_codecs.spec import Kind
 from kvstore_kernels import Backend, DenseRows, SignRows, merge_states
 from kvstore_server.errors import FailedPrecondition
@@ -30,7 +30,8 @@ def attend(
     """out [T, Hq, D] and natural-log lse [T, Hq], float32, over positions [0, end) of `layer`."""
     shape = resident.shape
     states = [
-        backend.attend(
+        projected.attend(
+            backend,
             q,
             block.keys,
             block.values,
@@ -51,7 +52,7 @@ def score(
     """float32 logits [T, Hq, end - start] of positions [start, end)."""
     shape = resident.shape
     parts = [
-        backend.score(q, block.keys, sm_scale=shape.sm_scale, logit_soft_cap=shape.logit_soft_cap)
+        projected.score(backend, q, block.keys, sm_scale=shape.sm_scale, logit_soft_cap=shape.logit_soft_cap)
         for block in blocks(resident, layer, start, end, precision)
     ]
     return torch.cat(parts, dim=2) if parts else torch.empty((*q.shape[:2], 0))
@@ -120,7 +121,8 @@ def debias_of(resident: ResidentSession, layer: int, asked: float | None) -> flo
     """The share asked for, or the codec's default."""
     if asked is not None:
         return asked
-    return 0.0 if resident.plan is None else default_debias(resident.plan.spec, layer, resident.shape.layers)
+    plan = resident.plan_of(layer, "keys")
+    return plan.debias if isinstance(plan, SignPlan) else 0.0
 
 
 def blocks(resident: ResidentSession, layer: int, start: int, end: int, precision: Precision) -> list[Block]:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from kvstore_codecs.artifact import Projection
+from kvstore_codecs.fit import fit_session
 from kvstore_codecs.plan import FIT_TOKENS_MAX, CodecPlan, DensePlan, Fit
 from kvstore_codecs.sketch import KindRows, check_kind, encode_kind
 from kvstore_codecs.spec import KINDS, CodecSpec, Kind, ModelShape
@@ -17,8 +19,14 @@ def fit_is_due(spec: CodecSpec, length: int) -> bool:
     return spec.needs_fit and length - spec.sink_tokens >= spec.fit_tokens
 
 
-def make_fit(spec: CodecSpec, resident: ResidentSession, assembly: AppendAssembly, start: int) -> Fit:
-    """Means over the session's first non-sink tokens: those before `start`, all exact, and those of this append."""
+def make_fit(
+    spec: CodecSpec,
+    resident: ResidentSession,
+    assembly: AppendAssembly,
+    start: int,
+    projections: tuple[Projection, ...],
+) -> Fit:
+    """The fit to the session's first non-sink tokens: those before `start`, all exact, and those of this append."""
     shape = resident.shape
     first = spec.sink_tokens
 
@@ -29,7 +37,7 @@ def make_fit(spec: CodecSpec, resident: ResidentSession, assembly: AppendAssembl
 
     keys, values = (torch.stack([rows(layer, kind) for layer in range(shape.layers)]) for kind in KINDS)
     try:
-        return Fit.from_rows(keys, values, first)
+        return fit_session(spec, keys, values, first, projections)
     except ValueError as error:
         raise InvalidArgument("frame.data", str(error)) from None
 

@@ -8,6 +8,7 @@ from kvstore_server.errors import InvalidArgument, OutOfRange
 from kvstore_server.limits import Limits
 from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.model import SessionInfo
+from kvstore_server.sessions.projecting import Projecting
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.storage.keys import check_name
 
@@ -17,8 +18,15 @@ TTL_SECONDS_MAX = 10 * 365 * 86_400.0
 class Lifecycle:
     """The unary session calls. All are idempotent: the same call again says `already_present` or does nothing."""
 
-    def __init__(self, registry: Registry, indexing: Indexing, limits: Limits, default_codec: CodecSpec) -> None:
-        self._registry, self._indexing, self._limits = registry, indexing, limits
+    def __init__(
+        self,
+        registry: Registry,
+        projecting: Projecting,
+        indexing: Indexing,
+        limits: Limits,
+        default_codec: CodecSpec,
+    ) -> None:
+        self._registry, self._projecting, self._indexing, self._limits = registry, projecting, indexing, limits
         self._default_codec = default_codec
 
     async def create(
@@ -39,6 +47,7 @@ class Lifecycle:
             check_spec(spec, shape)
         except ValueError as error:
             raise InvalidArgument("codec_json", str(error)) from None
+        await self._projecting.of(spec, shape)
         log = self._registry.log(tenant)
         _, present = await asyncio.to_thread(log.create, name, shape, spec, ttl_seconds=ttl_seconds, pinned=pinned)
         return await self._known(tenant, name), present

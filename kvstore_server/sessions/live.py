@@ -2,6 +2,7 @@
 
 import asyncio
 
+from kvstore_codecs.artifact import Projection
 from kvstore_codecs.plan import CodecPlan, Fit
 from kvstore_codecs.resolve import plan_for
 from kvstore_server.memory.resident import AppendRows, ResidentSession
@@ -15,8 +16,9 @@ class LiveSession:
     `lock` is held while the session grows or is loaded; queries hold none: they use the prefix that they name.
     """
 
-    def __init__(self, state: SessionState) -> None:
+    def __init__(self, state: SessionState, projections: tuple[Projection, ...] = ()) -> None:
         self.state = state
+        self.projections = projections
         self.lock = asyncio.Lock()
         self.resident: ResidentSession | None = None
         self.fit: Fit | None = None
@@ -72,7 +74,7 @@ class LiveSession:
         """None before the fit, for codecs that need one. The fit must have been read."""
         if not self.fitted:
             return None
-        return plan_for(self.state.spec, self.state.shape, self.fit)
+        return plan_for(self.state.spec, self.state.shape, self.fit, self.projections)
 
     def loadable(self) -> ResidentSession:
         """The session's rows, as far as they are loaded, ready to take more."""

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -108,11 +109,16 @@ class TopKAnswer:
     fidelity: Fidelity
 
 
+FetchedPart = Part | Literal["basis", "weights"]
+
+
 @dataclass(frozen=True)
 class FetchPart:
+    """Tokens from `start` on of one layer and kind, or of its basis heads."""
+
     layer: int
     kind: Kind
-    part: Part
+    part: FetchedPart
     start: int
     tensor: Tensor
 

@@ -7,6 +7,7 @@ from kvstore_server.errors import Aborted, DeadlineExceeded, NotFound, OutOfRang
 from kvstore_server.memory.resident import ResidentSession
 from kvstore_server.sessions.live import LiveSession
 from kvstore_server.sessions.loading import extend_resident, read_fit
+from kvstore_server.sessions.projecting import Projecting
 from kvstore_server.storage.commit_log import CommitLog
 from kvstore_server.storage.store import ObjectStore
 
@@ -20,8 +21,10 @@ class Registry:
     What is found here was compared with the meta log at most `staleness_seconds` ago; 0 compares at every call.
     """
 
-    def __init__(self, store: ObjectStore, host_bytes_max: int, staleness_seconds: float) -> None:
-        self._store = store
+    def __init__(
+        self, store: ObjectStore, projecting: Projecting, host_bytes_max: int, staleness_seconds: float
+    ) -> None:
+        self._store, self._projecting = store, projecting
         self._host_bytes_max = host_bytes_max
         self._staleness_seconds = staleness_seconds
         self._open: dict[tuple[str, str], LiveSession] = {}
@@ -119,7 +122,7 @@ class Registry:
         state = await asyncio.to_thread(self.log(tenant).load, name)
         if state is None:
             return None
-        live = LiveSession(state)
+        live = LiveSession(state, await self._projecting.of(state.spec, state.shape))
         live.checked_at = now
         await asyncio.to_thread(self.log(tenant).appends, state)
         await self.ensure_fit(live)

@@ -10,6 +10,7 @@ from kvstore_server.scheduling.engine import Engine
 from kvstore_server.sessions.appending import Appending
 from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.lifecycle import Lifecycle
+from kvstore_server.sessions.projecting import Projecting
 from kvstore_server.sessions.querying import Querying
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.storage.store import ObjectStore
@@ -25,8 +26,9 @@ class SessionService:
         self.default_codec = settings.codec
         self._store = store
         self._indexing = Indexing(index)
-        self.registry = Registry(store, settings.memory.host_bytes_max, settings.staleness_seconds)
-        self.lifecycle = Lifecycle(self.registry, self._indexing, self.limits, self.default_codec)
+        self.projecting = Projecting(store, self.limits)
+        self.registry = Registry(store, self.projecting, settings.memory.host_bytes_max, settings.staleness_seconds)
+        self.lifecycle = Lifecycle(self.registry, self.projecting, self._indexing, self.limits, self.default_codec)
         self.appending = Appending(self.registry, self._indexing, engine, backend, self.limits)
         self.querying = Querying(self.registry, engine, backend, self.limits)
 
@@ -44,6 +46,8 @@ class SessionService:
         """Puts every session of the store into the index; how many there are."""
         found = 0
         for tenant in await asyncio.to_thread(self._store.list_folders, ""):
+            if tenant.startswith("_"):
+                continue
             for name in await asyncio.to_thread(self._store.list_folders, tenant):
                 found += await self._index_one(tenant, name)
         return found

@@ -75,7 +75,12 @@ class _PartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Part.ValueType],
     PART_WORDS: _Part.ValueType  # 2
     """Packed sign words of whole tokens: uint32 [tokens, words]."""
     PART_SCALES: _Part.ValueType  # 3
-    """Scales of whole tokens: float16 [tokens, scales]."""
+    """Scales of whole tokens, in codec projected their coordinates: float16 [tokens, scales]."""
+    PART_BASIS: _Part.ValueType  # 4
+    """Only in Fetch, of a session that fitted a basis: float16 [kv_heads, head_dim, head_dim], its heads from
+    token_start on, and the mean squares of its coordinates, float32 [kv_heads, head_dim].
+    """
+    PART_WEIGHTS: _Part.ValueType  # 5
 
 class Part(_Part, metaclass=_PartEnumTypeWrapper):
     """Which part of a layer and kind a frame carries. Raw appends send ROWS only."""
@@ -86,7 +91,12 @@ PART_ROWS: Part.ValueType  # 1
 PART_WORDS: Part.ValueType  # 2
 """Packed sign words of whole tokens: uint32 [tokens, words]."""
 PART_SCALES: Part.ValueType  # 3
-"""Scales of whole tokens: float16 [tokens, scales]."""
+"""Scales of whole tokens, in codec projected their coordinates: float16 [tokens, scales]."""
+PART_BASIS: Part.ValueType  # 4
+"""Only in Fetch, of a session that fitted a basis: float16 [kv_heads, head_dim, head_dim], its heads from
+token_start on, and the mean squares of its coordinates, float32 [kv_heads, head_dim].
+"""
+PART_WEIGHTS: Part.ValueType  # 5
 Global___Part: _TypeAlias = Part  # noqa: Y015
 
 class _Encoding:
@@ -1581,7 +1591,7 @@ class FetchPart(_message.Message):
     kind: Global___Kind.ValueType
     part: Global___Part.ValueType
     token_start: _builtins.int
-    """Position of the first token in data."""
+    """Position of the first token in data; of bases and weights the first head."""
     @_builtins.property
     def tensor(self) -> Global___Tensor: ...
     def __init__(
@@ -1603,7 +1613,10 @@ Global___FetchPart: _TypeAlias = FetchPart  # noqa: Y015
 
 @_typing.final
 class PutProjectionRequest(_message.Message):
-    """---- projections and the server"""
+    """---- projections and the server
+
+    The file in pieces, in order.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1720,7 +1733,7 @@ class ListProjectionsResponse(_message.Message):
         bytes: _builtins.int
         model_fingerprint: _builtins.str
         header_json: _builtins.str
-        """The artifact's JSON header."""
+        """The artifact's header (docs/codecs.md)."""
         def __init__(
             self,
             *,
