@@ -5,16 +5,17 @@ import torch
 from torch import Tensor
 
 from kvstore_codecs import projected
+from kvstore_codecs.artifact import Metric
 from kvstore_codecs.plan import ProjectedPlan, SignPlan
 from kvstore_codecs.projected import ProjectedRows, project
-from kvstore_codecs.spec import Projected
+from kvstore_codecs.spec import Kind, Projected
 from kvstore_kernels.backend import Backend
 from kvstore_kernels.types import DenseRows, NonFiniteError, ScaleRangeError, SignRows
 from tests.codecs.inputs import seeded
 from tests.codecs.spectra import HEADS, LAYERS, fitted_plan, matryoshka, projection, vectors
 
 
-def plan_of(d: int, share: float, metric="none", layer: int = 0, kind="keys") -> ProjectedPlan:
+def plan_of(d: int, share: float, metric: Metric = "none", layer: int = 0, kind: Kind = "keys") -> ProjectedPlan:
     found = projection(d, metric)
     plan = fitted_plan(Projected(share=share, basis=f"projection:{found.sha256}"), d, found).of(layer, kind)
     assert isinstance(plan, ProjectedPlan)
@@ -26,7 +27,7 @@ def stored(x: Tensor, plan: ProjectedPlan) -> ProjectedRows:
 
 
 @pytest.mark.parametrize("metric", ["none", "output"])
-def test_all_coordinates_are_the_vector(backend: Backend, metric: str):
+def test_all_coordinates_are_the_vector(backend: Backend, metric: Metric):
     """r = d: scores, attention and vectors are those of dense attention, up to fp16."""
     d = 64
     k, v = vectors(d)[0, 0, :50], vectors(d)[1, 0, :50]
