@@ -18,6 +18,8 @@ from kvstore_codecs.transform import Basis
 BLOCK_TOKENS = 256
 WEIGHT_MIN = 1e-6
 """Of the head's largest: directions in which nothing was seen."""
+CONSTANT_MAX = 1e-12
+"""Vectors that vary less than this, where 1 is usual, are all the same: later ones are then coded as if 1 was."""
 METRIC_MIN = 1e-4
 """Of the head's mean: a metric from few rows says nothing of some directions, which is not that they cost nothing."""
 
@@ -64,7 +66,9 @@ def fit_basis(covariance: Tensor, metric: Tensor | None = None) -> Basis:
     inner = covariance.double() if half is None else half @ covariance.double() @ half
     values, vectors = torch.linalg.eigh((inner + inner.transpose(1, 2)) / 2)
     values, vectors = values.flip(1), vectors.flip(2)
-    weights = torch.maximum(values, WEIGHT_MIN * values[:, :1].clamp(min=1e-30))
+    unit = torch.ones(len(values)) if metric is None else metric.double().diagonal(dim1=1, dim2=2).mean(1)
+    largest = torch.where(values[:, :1] > CONSTANT_MAX * unit.unsqueeze(1), values[:, :1], unit.unsqueeze(1))
+    weights = torch.maximum(values, WEIGHT_MIN * largest)
     matrix = vectors if half is None else half @ vectors
     return Basis(matrix.float().unsqueeze(0), weights.float().unsqueeze(0))
 

@@ -22,20 +22,23 @@ FittedPlans = dict[tuple[int, Kind], SignPlan | ProjectedPlan]
 
 @dataclass(frozen=True)
 class _Place:
-    """One layer and kind of a codec: `basis` row `row` is its own; `budget` [H, D] are the weights that share out."""
+    """One layer and kind of a codec: row `row` of `basis`, its means [H, D] and, `budget` [H, D], what shares bits out.
+
+    Budgets are weights as they are where they are comparable, else shares of the head's energy.
+    """
 
     layer: int
     kind: Kind
     basis: Basis
     row: int
-    budget: Tensor
     mean: Tensor
+    budget: Tensor
 
 
 def fitted_plans(spec: CodecSpec, shape: ModelShape, fit: Fit | None, projections: Sequence[Projection]) -> FittedPlans:
     """The plan of every layer and kind whose codec has a fitted basis.
 
-    ValueError if an artifact that the spec names is not given or was made for another model.
+    ValueError if a projection that the spec names is not given or was made for another model.
     """
     known = {projection.sha256: projection for projection in projections}
     plans: FittedPlans = {}
@@ -51,42 +54,44 @@ def fitted_plans(spec: CodecSpec, shape: ModelShape, fit: Fit | None, projection
         projection = known[sha256] if sha256 else None
         if projection is not None:
             projection.check_serves(spec, shape)
-        places = [_place(spec, shape, fit, projection, codec, *member) for member in layers]
-        if isinstance(codec, Matryoshka):
-            made = _matryoshka(codec, places, projection)
+        if codec.basis.startswith("session"):
+            places = [_own_place(spec, shape, fit, projection, *member) for member in layers]
         else:
-            made = _projected(codec, places, projection)
+            assert projection is not None
+            places = [_given_place(fit, projection, *member) for member in layers]
+        is_matryoshka = isinstance(codec, Matryoshka)
+        made = _matryoshka(codec, places, projection) if is_matryoshka else _projected(codec, places)
         plans |= {(place.layer, place.kind): plan for place, plan in zip(places, made, strict=True)}
     return plans
 
 
-def _place(
-    spec: CodecSpec,
-    shape: ModelShape,
-    fit: Fit | None,
-    projection: Projection | None,
-    codec: Fitted,
-    layer: int,
-    kind: Kind,
+def _own_place(
+    spec: CodecSpec, shape: ModelShape, fit: Fit | None, projection: Projection | None, layer: int, kind: Kind
 ) -> _Place:
-    own = codec.basis.startswith("session")
-    if own:
-        basis = None if fit is None else fit.basis_of(kind)
-        rows = spec.session_layers(kind, shape.layers)
-        heads = (shape.kv_heads, shape.head_dim)
-        if basis is None or basis.matrix.shape != (len(rows), *heads, shape.head_dim):
-            raise ValueError(f"the fit has no basis of the {kind} of {len(rows)} layers")
-        row = rows.index(layer)
-    else:
-        assert projection is not None
-        basis, row = projection.basis(kind), layer
-    if fit is not None:
-        mean = fit.of(kind)[layer]
-    else:
-        assert projection is not None
-        mean = projection.mean(kind)[layer]
-    budget = basis.weights[row] if projection is None else projection.basis(kind).weights[layer]
-    return _Place(layer, kind, basis, row, budget, mean)
+    """In a basis of the fit; ValueError if it has none."""
+    basis, rows = None if fit is None else fit.basis_of(kind), spec.session_layers(kind, shape.layers)
+    expected = (len(rows), shape.kv_heads, shape.head_dim, shape.head_dim)
+    if fit is None or basis is None or basis.matrix.shape != expected:
+        raise ValueError(f"the fit has no basis of the {kind} of {len(rows)} layers")
+    row = rows.index(layer)
+    budget = _shares(basis.weights[row]) if projection is None else _budget(projection, layer, kind)
+    return _Place(layer, kind, basis, row, fit.of(kind)[layer], budget)
+
+
+def _given_place(fit: Fit | None, projection: Projection, layer: int, kind: Kind) -> _Place:
+    mean = projection.mean(kind) if fit is None else fit.of(kind)
+    return _Place(layer, kind, projection.basis(kind), layer, mean[layer], _budget(projection, layer, kind))
+
+
+def _budget(projection: Projection, layer: int, kind: Kind) -> Tensor:
+    weights = projection.basis(kind).weights[layer]
+    return weights if projection.weighted else _shares(weights)
+
+
+def _shares(weights: Tensor) -> Tensor:
+    """Of each head's sum, which is taken in one order."""
+    wide = weights.double().numpy()
+    return torch.from_numpy(wide / np.add.accumulate(wide, axis=1)[:, -1:])
 
 
 def _matryoshka(codec: Matryoshka, places: list[_Place], projection: Projection | None) -> Iterator[SignPlan]:
@@ -103,7 +108,7 @@ def _words_by_level(
     budgets: list[float], places: list[_Place], projection: Projection | None
 ) -> list[NDArray[np.int64]]:
     """Words that each level reads [places, H], each at most those of the level before."""
-    values = np.stack([[plane_order(head).words for head in _budget(place, projection)] for place in places])
+    values = np.stack([[plane_order(head).words for head in place.budget] for place in places])
     count, heads, words_max = values.shape
     numbers = count * heads * places[0].budget.shape[1]
     levels = [np.full((count, heads), words_max)]
@@ -118,19 +123,10 @@ def _words_by_level(
     return levels[1:]
 
 
-def _projected(codec: Projected, places: list[_Place], projection: Projection | None) -> Iterator[ProjectedPlan]:
+def _projected(codec: Projected, places: list[_Place]) -> Iterator[ProjectedPlan]:
     """Leading coordinates by their weights, the best of all heads first."""
-    weights = torch.stack([_budget(place, projection) for place in places]).double().numpy()
-    count, heads, d = weights.shape
-    falling = np.minimum.accumulate(weights, axis=2)
+    falling = np.minimum.accumulate(torch.stack([place.budget for place in places]).double().numpy(), axis=2)
+    count, heads, d = falling.shape
     ranks = words_by_head(falling.reshape(-1, d), round(codec.share * count * heads * d)).reshape(count, heads)
     for place, own in zip(places, ranks, strict=True):
         yield projected_plan(place.basis, place.row, own.tolist(), place.mean)
-
-
-def _budget(place: _Place, projection: Projection | None) -> Tensor:
-    """The weights [H, D] by which bits are shared out: as they are where they are comparable, else relative."""
-    if projection is not None and projection.weighted:
-        return place.budget
-    total = np.add.accumulate(place.budget.double().numpy(), axis=1)[:, -1:]
-    return place.budget.double() / torch.from_numpy(total)

@@ -60,7 +60,7 @@ class _Head:
         count = words * WORD_ROWS // self.band
         bands, planes = self.bands[:count], self.planes[:count]
         read = np.bincount(bands, minlength=len(self.sigma))
-        ratio = self._scale(read) / self._scale(self.depth) if words else 1.0
+        ratio = round(self._scale(read) / self._scale(self.depth), 6) if words else 1.0
         factors, noise = np.empty(count), np.zeros(count)
         for row, (band, plane) in enumerate(zip(bands, planes, strict=True)):
             code = plane_code(int(self.depth[band]), int(read[band]))

@@ -96,7 +96,7 @@ def attend(
         group = out.shape[1] // len(values.plan.inverse)
         out = torch.cat(
             [
-                rows[..., : len(matrix)] @ matrix + mean
+                (rows[..., : len(matrix)].double() @ matrix.double() + mean).float()
                 for rows, matrix, mean in zip(
                     out.split(group, dim=1), values.plan.inverse, values.plan.mean, strict=True
                 )
@@ -114,12 +114,12 @@ def _seen_by(
         return q, keys, None
     if logit_soft_cap:
         return q, DenseRows(decode(backend, keys)), None
-    by_head = q.float().split(q.shape[1] // len(keys.plan.inverse), dim=1)
+    by_head = q.double().split(q.shape[1] // len(keys.plan.inverse), dim=1)
     rotated = torch.zeros(q.shape)
     for rows, head, matrix in zip(rotated.split(by_head[0].shape[1], dim=1), by_head, keys.plan.inverse, strict=True):
-        rows[..., : len(matrix)] = head @ matrix.T
-    shift = torch.cat([rows @ mean for rows, mean in zip(by_head, keys.plan.mean, strict=True)], dim=1)
-    return rotated, keys.padded(), shift * sm_scale
+        rows[..., : len(matrix)] = head @ matrix.double().T
+    shift = torch.cat([rows @ mean.double() for rows, mean in zip(by_head, keys.plan.mean, strict=True)], dim=1)
+    return rotated, keys.padded(), (shift * sm_scale).float()
 
 
 def _check(good: Tensor, error: type[NonFiniteError | ScaleRangeError]) -> None:

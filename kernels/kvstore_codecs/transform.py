@@ -41,25 +41,27 @@ class Basis:
 
 
 def inverse_of(matrix: Tensor) -> NDArray[np.float64]:
-    """F^-1 of each F [H, D, D], by elimination with row pivots; ValueError if one is singular."""
-    left = matrix.double().numpy().copy()
-    heads, d, _ = left.shape
-    right = np.broadcast_to(np.eye(d), left.shape).copy()
-    smallest = _PIVOT_MIN * np.abs(left).max(axis=(1, 2))
-    every = np.arange(heads)
+    """F^-1 of each F [H, D, D], by elimination in place with row pivots; ValueError if one is singular."""
+    out = matrix.double().numpy().copy()
+    heads, d, _ = out.shape
+    smallest = _PIVOT_MIN * np.abs(out).max(axis=(1, 2))
+    every, part, pivots = np.arange(heads), np.empty_like(out), []
     for column in range(d):
-        pivot = column + np.abs(left[:, column:, column]).argmax(axis=1)
-        if (np.abs(left[every, pivot, column]) <= smallest).any():
+        pivot = column + np.abs(out[:, column:, column]).argmax(axis=1)
+        out[every, column], out[every, pivot] = out[every, pivot], out[every, column]
+        pivots.append(pivot)
+        if (np.abs(out[:, column, column]) <= smallest).any():
             raise ValueError("a basis is singular")
-        for side in (left, right):
-            side[every, column], side[every, pivot] = side[every, pivot], side[every, column]
-        scale = 1 / left[:, column, column]
-        factors = left[:, :, column].copy()
+        scale, factors = 1 / out[:, column, column], out[:, :, column].copy()
         factors[:, column] = 0
-        for side in (left, right):
-            side[:, column] *= scale[:, None]
-            side -= factors[:, :, None] * side[:, column, None]
-    return right
+        out[:, :, column] = 0
+        out[:, column, column] = 1
+        out[:, column] *= scale[:, None]
+        np.multiply(factors[:, :, None], out[:, column, None], out=part)
+        out -= part
+    for column, pivot in reversed(list(enumerate(pivots))):
+        out[every, :, column], out[every, :, pivot] = out[every, :, pivot], out[every, :, column]
+    return out
 
 
 def banded(rows: NDArray[np.float64], band: int) -> NDArray[np.float64]:

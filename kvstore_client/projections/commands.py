@@ -71,9 +71,9 @@ def quality(
     """Prints the table of these rows; ValueError for a row that is none."""
     console = Console(stderr=True)
     network, tokenizer = _loaded(model, console)
-    texts, shape = sequences(text, tokenizer, length, count, skip), shape_of(network)
     given = None if projection is None else read_projection(projection.read_bytes())
-    made = {row: CodecRow.parse(row, shape, given, cpu_backend()) for row in rows}
+    made = {row: CodecRow.parse(row, shape_of(network), given, cpu_backend()) for row in rows}
+    texts = sequences(text, tokenizer, length, count, skip)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("measuring", total=count * len(made))
         found = measure(

@@ -37,6 +37,8 @@ def test_all_heads_together_store_the_budget(d: int, bits: float):
     plan = matryoshka(d, bits)
     layouts = [as_signs(plan.of(layer, kind)).layout for kind in ("keys", "values") for layer in range(LAYERS)]
     assert sum(layout.words for layout in layouts) == round(bits * 2 * LAYERS * HEADS * d / 32)
+    with_words = sum(words != () for layout in layouts for words in layout.word_groups)
+    assert plan.bytes_per_token == round(bits * 2 * LAYERS * HEADS * d / 32) * 4 + 2 * with_words
     per_head = np.array([[len(words) for words in layout.word_groups] for layout in layouts])
     assert per_head[:, 2].min() > per_head[:, 0].max()
 

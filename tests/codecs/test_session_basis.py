@@ -137,3 +137,19 @@ def test_a_fit_without_the_bases_is_refused():
     fit = fitted(CodecSpec(keys=Raw(), values=Rotated()))
     with pytest.raises(ValueError, match="the fit has no basis of the keys of 2 layers"):
         plan_for(OWN, shape_of(64, layers=LAYERS, kv_heads=HEADS), fit)
+
+
+@pytest.mark.parametrize("lent", [False, True])
+def test_a_session_that_begins_with_equal_tokens_takes_others_later(backend: Backend, lent: bool):
+    """Nothing was seen to vary, which must not make what varies later too large to store."""
+    found = projection(64)
+    codec = Matryoshka(basis=f"session:{found.sha256}" if lent else "session")
+    spec = CodecSpec(keys=codec, values=codec, fit_tokens=512)
+    same = torch.ones(LAYERS, 600, HEADS, 64)
+    fit = fit_session(spec, same, same, 4, (found,))
+    plan = plan_for(spec, shape_of(64, layers=LAYERS, kv_heads=HEADS), fit, (found,) if lent else ())
+    own = as_signs(plan.of(0, "keys"))
+    for x in (same[0, :5], vectors(64)[0, 0, :50]):
+        decoded = backend.decode(SignRows(backend.encode(x, own.encoder), own.levels[0]))
+        assert decoded.isfinite().all()
+        assert (decoded - x).norm() <= 2 * (x - 1).norm() + 1e-3

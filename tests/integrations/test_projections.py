@@ -181,7 +181,7 @@ def test_the_commands_fit_show_and_measure(tmp_path: Path, monkeypatch: pytest.M
     for args, reason in (
         (("projections", "fit", "--text", str(text), "--out", str(out), "--count", "99"), "are needed"),
         (("projections", "fit", "--text", str(text), "--out", str(out), "--metric", "best"), "is not output"),
-        (("projections", "show", str(text)), "no projection"),
+        (("projections", "show", str(text)), "a projection's header"),
         (("bench", "quality", "--text", str(text), "--row", "keys:best:1"), "is no row"),
     ):
         refused = run(*args)
