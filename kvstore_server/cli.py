@@ -249,7 +249,7 @@ def list_projections(target: TargetOption = TARGET) -> None:
 
     with KVStoreClient(target) as client:
         for each in client.list_projections():
-            print(f"{each.sha256} {each.bytes:>13,} bytes  {each.model_fingerprint}")
+            print(f"{each.sha256} {each.size_bytes:>13,} bytes  {each.model_fingerprint}")
 
 
 @projections.command("show")

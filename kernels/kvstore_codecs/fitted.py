@@ -59,8 +59,7 @@ def fitted_plans(spec: CodecSpec, shape: ModelShape, fit: Fit | None, projection
         else:
             assert projection is not None
             places = [_given_place(fit, projection, *member) for member in layers]
-        is_matryoshka = isinstance(codec, Matryoshka)
-        made = _matryoshka(codec, places, projection) if is_matryoshka else _projected(codec, places)
+        made = _matryoshka(codec, places, projection) if isinstance(codec, Matryoshka) else _projected(codec, places)
         plans |= {(place.layer, place.kind): plan for place, plan in zip(places, made, strict=True)}
     return plans
 

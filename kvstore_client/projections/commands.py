@@ -90,7 +90,7 @@ def quality(
 def _table(found: dict[str, Quality], bits: dict[str, Bits]) -> Table:
     table = Table()
     for heading in ("row", "bits: code + scales", "perplexity", "KL", "top-1 same"):
-        table.add_column(heading, justify="left" if heading == "row" else "right")
+        table.add_column(heading, justify="left" if heading == "row" else "right", no_wrap=True)
     for name, row in found.items():
         table.add_row(
             name,

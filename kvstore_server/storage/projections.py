@@ -51,8 +51,8 @@ class ProjectionStore:
     def size(self, sha256: str) -> int:
         return self._store.size(_key(sha256))
 
-    def names(self, start_after: str, count: int) -> list[str]:
-        """The first `count` hashes after this one, sorted."""
+    def names(self, start_after: str = "", count: int | None = None) -> list[str]:
+        """The first `count` hashes after this one, sorted; all without a count."""
         keys = self._store.list_keys(FOLDER, _key(start_after) if start_after else "")
         matches = (_NAME.fullmatch(key) for key in keys)
         return [match[1] for match in matches if match][:count]

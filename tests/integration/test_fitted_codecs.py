@@ -193,7 +193,10 @@ async def test_projections_are_kept_listed_and_given_back(tmp_path: Path) -> Non
             await client.get_projection("../../etc/passwd")
         with pytest.raises(InvalidArgument, match="is no projection"):
             await client.put_projection(b"\x20" + bytes(7) + b"{" * 64)
-    async with serving(tmp_path) as server, AsyncKVStoreClient(f"127.0.0.1:{server.port}") as client:
+    limits: dict[str, object] = {"projection_bytes_max": len(data) - 1}
+    async with serving(tmp_path, limits=limits) as server, AsyncKVStoreClient(f"127.0.0.1:{server.port}") as client:
+        with pytest.raises(InvalidArgument, match="at most"):
+            await client.put_projection(data)
         assert len(await client.list_projections()) == 2
         assert await client.list_sessions() == []
 
@@ -223,6 +226,8 @@ async def test_a_damaged_projection_fails_its_sessions_only(tmp_path: Path) -> N
     file = tmp_path / "_projections" / f"{sha256}.safetensors"
     file.chmod(0o600)
     file.write_bytes(file.read_bytes()[:-1] + b"!")
+    damaged = verify_store(LocalStore(tmp_path)).damaged
+    assert [str(each) for each in damaged] == [f"_projections/{sha256}: projection {sha256} is damaged"]
     async with serving(tmp_path) as server, AsyncKVStoreClient(f"127.0.0.1:{server.port}") as client:
         with pytest.raises(DataLoss, match=r"projection .* is damaged"):
             await client.open_session("projection")
