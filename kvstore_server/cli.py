@@ -45,9 +45,12 @@ def main() -> None:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """What is wrong with an argument, without a traceback."""
+    """What is wrong with an argument, or is not installed, without a traceback."""
     try:
         yield
+    except ModuleNotFoundError as error:
+        text = f"{error.name} is not installed: pip install 'remote-kv-store[train]'"
+        raise typer.BadParameter(text) from None
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -196,10 +199,10 @@ def bench_quality(
     json: Annotated[Path | None, typer.Option(help="Write the table as JSON too")] = None,
 ) -> None:
     """What codecs cost a model: perplexity, KL and agreement of the next token, beside the exact model."""
-    from kvstore_client.projections.commands import quality
-    from kvstore_client.projections.rows import DEFAULT
-
     with _explained():
+        from kvstore_client.projections.commands import quality
+        from kvstore_client.projections.rows import DEFAULT
+
         quality(
             model,
             text,
@@ -225,11 +228,11 @@ def fit_projection(
     max_position: Annotated[int | None, typer.Option(help="Positions it is for, at most --length")] = None,
 ) -> None:
     """Fit bases to a model's keys and values over a text, in closed form."""
-    from kvstore_client.projections.commands import fit
-
     if metric not in ("output", "query", "none"):
         raise typer.BadParameter(f"{metric} is not output, query or none")
     with _explained():
+        from kvstore_client.projections.commands import fit
+
         fit(model, text, out, metric=metric, length=length, count=count, skip=skip, max_position=max_position)
 
 
@@ -255,7 +258,7 @@ def list_projections(target: TargetOption = TARGET) -> None:
 @projections.command("show")
 def show_projection(file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)]) -> None:
     """What a projection file is."""
-    from kvstore_client.projections.commands import show
+    from kvstore_client.projections.show import show
 
     with _explained():
         show(file)

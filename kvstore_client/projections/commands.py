@@ -1,4 +1,4 @@
-"""`kvstore projections fit | show` and `kvstore bench quality`."""
+"""`kvstore projections fit` and `kvstore bench quality`."""
 
 import json
 from collections.abc import Sequence
@@ -11,15 +11,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from kvstore_client.demo.messages import Unusable
 from kvstore_client.demo.model import load
 from kvstore_client.integrations.model_shape import shape_of
 from kvstore_client.projections.fit import gather, projection_of
 from kvstore_client.projections.quality import Quality, measure
 from kvstore_client.projections.rows import CodecRow
+from kvstore_client.projections.show import show
 from kvstore_client.projections.texts import sequences
 from kvstore_codecs.artifact import Metric, Projection, read_projection
 from kvstore_codecs.describe import Bits
-from kvstore_codecs.spec import KINDS
 from kvstore_kernels.backend import cpu_backend
 
 if TYPE_CHECKING:
@@ -41,19 +42,6 @@ def fit(
     data = projection_of(network, gatherer, texts, metric, length if max_position is None else max_position)
     out.write_bytes(data)
     show(out)
-
-
-def show(file: Path) -> None:
-    """Prints what a projection is; ValueError if it is none."""
-    data = file.read_bytes()
-    projection = read_projection(data)
-    print(f"sha256 {projection.sha256}\nbytes {len(data):,}")
-    for name, value in projection.header.model_dump().items():
-        print(f"{name} {value}")
-    for kind in KINDS:
-        weights = projection.basis(kind).weights
-        top = (weights[..., :8].sum(-1) / weights.sum(-1)).mean().item()
-        print(f"{kind}: the first 8 of {weights.shape[-1]} coordinates hold {top:.0%} of the weight on average")
 
 
 def quality(
@@ -111,7 +99,10 @@ def _named(projection: Projection | None) -> str:
 def _loaded(model: str, console: Console) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The demo's model, or a transformers model by its folder or name; in float32."""
     if model == DEMO_MODEL:
-        return load(lambda: console.print("converting the model, once"))
+        try:
+            return load(lambda: console.print("converting the model, once"))
+        except Unusable as error:
+            raise ValueError(str(error)) from None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

@@ -155,6 +155,7 @@ def session_to(info: SessionInfo) -> pb.Session:
         forked_from=info.forked_from,
         forked_at=info.forked_at,
         affinity=info.affinity,
+        max_position=info.max_position,
         fit_fingerprint=info.fit_fingerprint,
     )
 

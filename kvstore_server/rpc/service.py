@@ -15,6 +15,7 @@ from kvstore_server.rpc.fetch_stream import fetch_responses
 from kvstore_server.rpc.handlers import Admission, deadline_seconds
 from kvstore_server.sessions.model import Query
 from kvstore_server.sessions.service import SessionService
+from kvstore_server.storage.segment_header import VERSION
 
 TENANT = "default"
 CODECS = tuple(codec.model_fields["name"].default for codec in (Raw, Qjl, Rotated, Affine, Matryoshka, Projected))
@@ -232,7 +233,7 @@ def server_info(
         limits=sessions.limits.as_dict(),
         codecs=CODECS,
         default_codec_json=json.dumps(default, sort_keys=True, separators=(",", ":")),
-        format_version=1,
+        format_version=VERSION,
         store=store,
         index=index,
     )

@@ -109,4 +109,5 @@ class LiveSession:
             forked_from=forked.session if forked else None,
             forked_at=forked.end if forked else None,
             affinity=state.ancestors[0].session if forked else state.session,
+            max_position=min((each.header.max_position for each in self.projections), default=None),
         )

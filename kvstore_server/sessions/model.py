@@ -30,6 +30,8 @@ class SessionInfo:
     forked_from: str | None
     forked_at: int | None
     affinity: str
+    max_position: int | None
+    """Positions beyond were calibrated by no projection of the codec; None if it names none."""
 
     @property
     def raw_bytes(self) -> int:

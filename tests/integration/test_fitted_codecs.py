@@ -88,6 +88,7 @@ def codecs(sha256: str) -> dict[str, CodecSpec]:
     }
 
 
+CODECS_WITH_PROJECTION = {"projection", "own basis, lent metric", "own means, lent basis", "mixed"}
 NAMES = list(codecs("0" * 64))
 
 
@@ -102,6 +103,7 @@ async def test_attention_is_that_over_decoded_vectors_and_survives_a_restart(tmp
         await session.append(k[:, :600], v[:, :600])
         await session.append(k[:, 600:], v[:, 600:])
         decoded = await session.fetch(dtype=torch.float32)
+        assert (await session.info()).max_position == (2000 if name in CODECS_WITH_PROJECTION else None)
         before = [await session.attend(layer, q, debias=0.0) for layer in range(LAYERS)]
         for layer, (out, lse) in enumerate(before):
             keys, values = (x[layer].double().repeat_interleave(3, dim=1) for x in decoded)

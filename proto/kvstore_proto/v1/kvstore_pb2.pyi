@@ -271,6 +271,7 @@ class Session(_message.Message):
     FORKED_AT_FIELD_NUMBER: _builtins.int
     AFFINITY_FIELD_NUMBER: _builtins.int
     FIT_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    MAX_POSITION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     generation: _builtins.str
     length: _builtins.int
@@ -294,6 +295,8 @@ class Session(_message.Message):
     """Send this value in the x-kv-affinity metadata of calls about this session."""
     fit_fingerprint: _builtins.str
     """Hash of (codec, fit): a client that encodes names it."""
+    max_position: _builtins.int
+    """The lowest max_position of the projections that the codec names; beyond it their bases are worse. Unset: none named."""
     @_builtins.property
     def shape(self) -> Global___ModelShape: ...
     def __init__(
@@ -316,21 +319,26 @@ class Session(_message.Message):
         forked_at: _builtins.int | None = ...,
         affinity: _builtins.str = ...,
         fit_fingerprint: _builtins.str = ...,
+        max_position: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_forked_at", b"_forked_at", "_forked_from", b"_forked_from", "_ttl_seconds", b"_ttl_seconds", "forked_at", b"forked_at", "forked_from", b"forked_from", "shape", b"shape", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_forked_at", b"_forked_at", "_forked_from", b"_forked_from", "_max_position", b"_max_position", "_ttl_seconds", b"_ttl_seconds", "forked_at", b"forked_at", "forked_from", b"forked_from", "max_position", b"max_position", "shape", b"shape", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_forked_at", b"_forked_at", "_forked_from", b"_forked_from", "_ttl_seconds", b"_ttl_seconds", "affinity", b"affinity", "codec_fingerprint", b"codec_fingerprint", "codec_json", b"codec_json", "created_unix_seconds", b"created_unix_seconds", "exact_end", b"exact_end", "fit_fingerprint", b"fit_fingerprint", "fitted", b"fitted", "forked_at", b"forked_at", "forked_from", b"forked_from", "generation", b"generation", "length", b"length", "name", b"name", "pinned", b"pinned", "raw_bytes", b"raw_bytes", "shape", b"shape", "stored_bytes", b"stored_bytes", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_forked_at", b"_forked_at", "_forked_from", b"_forked_from", "_max_position", b"_max_position", "_ttl_seconds", b"_ttl_seconds", "affinity", b"affinity", "codec_fingerprint", b"codec_fingerprint", "codec_json", b"codec_json", "created_unix_seconds", b"created_unix_seconds", "exact_end", b"exact_end", "fit_fingerprint", b"fit_fingerprint", "fitted", b"fitted", "forked_at", b"forked_at", "forked_from", b"forked_from", "generation", b"generation", "length", b"length", "max_position", b"max_position", "name", b"name", "pinned", b"pinned", "raw_bytes", b"raw_bytes", "shape", b"shape", "stored_bytes", b"stored_bytes", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__forked_at: _TypeAlias = _typing.Literal["forked_at"]  # noqa: Y015
     _WhichOneofArgType__forked_at: _TypeAlias = _typing.Literal["_forked_at", b"_forked_at"]  # noqa: Y015
     _WhichOneofReturnType__forked_from: _TypeAlias = _typing.Literal["forked_from"]  # noqa: Y015
     _WhichOneofArgType__forked_from: _TypeAlias = _typing.Literal["_forked_from", b"_forked_from"]  # noqa: Y015
+    _WhichOneofReturnType__max_position: _TypeAlias = _typing.Literal["max_position"]  # noqa: Y015
+    _WhichOneofArgType__max_position: _TypeAlias = _typing.Literal["_max_position", b"_max_position"]  # noqa: Y015
     _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
     _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__forked_at) -> _WhichOneofReturnType__forked_at | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__forked_from) -> _WhichOneofReturnType__forked_from | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_position) -> _WhichOneofReturnType__max_position | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_seconds) -> _WhichOneofReturnType__ttl_seconds | None: ...
 
