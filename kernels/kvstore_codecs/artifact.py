@@ -14,7 +14,7 @@ from math import prod
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from kvstore_codecs.spec import KINDS, CodecSpec, Fitted, Frozen, Kind, ModelShape
@@ -139,7 +139,7 @@ def read_projection(data: bytes | bytearray | memoryview, sha256: str | None = N
     digest = hashlib.sha256(view).hexdigest()
     if sha256 not in (None, digest):
         raise ValueError(f"the projection's sha256 is {digest[:12]}.., not {sha256[:12]}..")
-    header, start = _read_header(view)
+    header, start = read_header(view)
     table = header.tensors()
     if len(view) != start + _data_bytes(table):
         raise ValueError(f"a projection of {len(view)} bytes, where its header takes {start + _data_bytes(table)}")
@@ -153,8 +153,8 @@ def read_projection(data: bytes | bytearray | memoryview, sha256: str | None = N
     return Projection(digest, header, parts)
 
 
-def _read_header(view: memoryview) -> tuple[ProjectionHeader, int]:
-    """The header and where the data starts."""
+def read_header(view: memoryview) -> tuple[ProjectionHeader, int]:
+    """The header and where the data starts, from a file's beginning; ValueError."""
     if len(view) < _PREFIX_BYTES:
         raise ValueError(f"{len(view)} bytes are no projection")
     (length,) = struct.unpack_from("<Q", view)
@@ -171,7 +171,11 @@ def _read_header(view: memoryview) -> tuple[ProjectionHeader, int]:
         raise ValueError("the file is no projection") from error
     if newer:
         raise ValueError(f"the projection needs a reader of version {stated['min_reader']}, this is {VERSION}")
-    header = ProjectionHeader.model_validate(stated)
+    try:
+        header = ProjectionHeader.model_validate(stated)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"the projection's {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     if fields != _fields(header, header.tensors()):
         raise ValueError("the projection's tensors are not those that its header describes")
     return header, _PREFIX_BYTES + length

@@ -73,34 +73,41 @@ def fit_basis(covariance: Tensor, metric: Tensor | None = None) -> Basis:
     return Basis(matrix.float().unsqueeze(0), weights.float().unsqueeze(0))
 
 
+def fit_layer(
+    spec: CodecSpec,
+    layers: int,
+    layer: int,
+    rows: dict[Kind, Tensor],
+    token_start: int,
+    projections: Sequence[Projection],
+) -> Fit:
+    """The part of a session's fit that is of one of its layers, whose first tokens from `token_start` on are `rows`.
+
+    Each is [N, H, D]. Bases are kept in half precision, scaled by a power of two a head: a basis is as good after
+    rounding, and its inverse is that of the rounded one. ValueError as Fit.from_rows.
+    """
+    fit = Fit.from_rows(rows["keys"].unsqueeze(0), rows["values"].unsqueeze(0), token_start)
+    known = {projection.sha256: projection for projection in projections}
+    bases: dict[Kind, Basis | None] = {}
+    for kind, x in rows.items():
+        codec, bases[kind] = spec.for_layer(layer, kind, layers), None
+        if isinstance(codec, Fitted) and codec.basis.startswith("session"):
+            moments = Moments(*x.shape[1:])
+            moments.add(x[: fit.token_end - token_start].float() - fit.of(kind)[0])
+            sha256 = codec.basis.partition(":")[2]
+            metric = known[sha256].metric(kind) if sha256 else None
+            bases[kind] = _halved(fit_basis(moments.covariance, None if metric is None else metric[layer]))
+    return replace(fit, basis_keys=bases["keys"], basis_values=bases["values"])
+
+
 def fit_session(
     spec: CodecSpec, keys: Tensor, values: Tensor, token_start: int, projections: Sequence[Projection]
 ) -> Fit:
-    """What a session's first tokens [layers, N, H, D] from `token_start` on give: means and, where asked for, bases.
-
-    Bases are kept in half precision, scaled by a power of two a head: a basis is as good after rounding, and its
-    inverse is that of the rounded one. ValueError as Fit.from_rows.
-    """
-    fit = Fit.from_rows(keys, values, token_start)
-    known = {projection.sha256: projection for projection in projections}
-    count, shape = fit.token_end - token_start, keys.shape
-
-    def basis_of(kind: Kind, rows: Tensor) -> Basis | None:
-        codecs = spec.of_layers(kind, shape[0])
-        found = []
-        for layer in spec.session_layers(kind, shape[0]):
-            moments = Moments(shape[2], shape[3])
-            moments.add(rows[layer, :count].float() - fit.of(kind)[layer])
-            codec = codecs[layer]
-            assert isinstance(codec, Fitted)
-            sha256 = codec.basis.partition(":")[2]
-            metric = known[sha256].metric(kind) if sha256 else None
-            found.append(_halved(fit_basis(moments.covariance, None if metric is None else metric[layer])))
-        if not found:
-            return None
-        return Basis(torch.cat([basis.matrix for basis in found]), torch.cat([basis.weights for basis in found]))
-
-    return replace(fit, basis_keys=basis_of("keys", keys), basis_values=basis_of("values", values))
+    """Of a session's first tokens [layers, N, H, D] from `token_start` on."""
+    layers = [{"keys": k, "values": v} for k, v in zip(keys, values, strict=True)]
+    return Fit.of_layers(
+        [fit_layer(spec, len(layers), layer, rows, token_start, projections) for layer, rows in enumerate(layers)]
+    )
 
 
 def _halved(basis: Basis) -> Basis:

@@ -1,7 +1,7 @@
 """A codec made concrete for one model shape and one fit: what each layer and kind stores, how it is made and read."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -54,6 +54,14 @@ class Fit:
         if not all(mean.isfinite().all() for mean in means):
             raise ValueError("the rows of a fit hold NaN or Inf")
         return cls(means[0], means[1], token_start, token_start + used)
+
+    @classmethod
+    def of_layers(cls, fits: "Sequence[Fit]") -> "Fit":
+        """The fit whose layers these are, in order, all of the same tokens."""
+        tensors: dict[str, Tensor] = {}
+        for name in dict.fromkeys(name for fit in fits for name in fit.tensors):
+            tensors[name] = torch.cat([fit.tensors[name] for fit in fits if name in fit.tensors])
+        return cls.from_tensors(tensors, fits[0].token_start, fits[0].token_end)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], token_start: int, token_end: int) -> "Fit":

@@ -16,6 +16,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 @dataclass(frozen=True)
 class ProjectionInfo:
+    """What is said of a stored projection; of a damaged one no more than its name and size."""
+
     sha256: str
     size: int
     model_fingerprint: str
@@ -62,8 +64,10 @@ class Projecting:
         return tuple(found)
 
     def _info(self, sha256: str) -> ProjectionInfo:
-        header = self._files.load(sha256).header
-        return ProjectionInfo(sha256, self._files.size(sha256), header.model_fingerprint, header.model_dump_json())
+        size, header = self._files.size(sha256), self._files.header(sha256)
+        if header is None:
+            return ProjectionInfo(sha256, size, "", "")
+        return ProjectionInfo(sha256, size, header.model_fingerprint, header.model_dump_json())
 
 
 def _checked(sha256: str, field: str = "sha256") -> str:

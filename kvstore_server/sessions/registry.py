@@ -96,9 +96,10 @@ class Registry:
         return resident
 
     async def ensure_fit(self, live: LiveSession) -> None:
-        """Reads the session's fit if there is one that is not known yet."""
+        """Reads the session's fit if there is one that is not known yet, and makes the plan, which may take seconds."""
         if live.fit is None and (made := live.fit_entry) is not None:
             live.fit = await asyncio.to_thread(read_fit, self.log(live.state.tenant), live.state, made)
+            await asyncio.to_thread(lambda: live.plan)
 
     def make_room(self, keep: LiveSession) -> None:
         """Drops the rows of the least recently used sessions until the others fit; never those of `keep`."""

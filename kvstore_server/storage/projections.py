@@ -4,7 +4,7 @@ import re
 from collections import OrderedDict
 from threading import Lock
 
-from kvstore_codecs.artifact import Projection, read_projection
+from kvstore_codecs.artifact import HEADER_BYTES_MAX, Projection, ProjectionHeader, read_header, read_projection
 from kvstore_server.errors import DataLoss, NotFound
 from kvstore_server.storage.store import Buffer, ObjectStore
 
@@ -47,6 +47,14 @@ class ProjectionStore:
             if len(self._cached) > CACHED_MAX:
                 self._cached.popitem(last=False)
             return self._cached[sha256]
+
+    def header(self, sha256: str) -> ProjectionHeader | None:
+        """From the file's beginning alone, not compared with its name; None if it is damaged. KeyError."""
+        head = self._store.get_range(_key(sha256), 0, HEADER_BYTES_MAX)
+        try:
+            return read_header(memoryview(head))[0]
+        except ValueError:
+            return None
 
     def size(self, sha256: str) -> int:
         return self._store.size(_key(sha256))

@@ -234,6 +234,8 @@ async def test_a_damaged_projection_fails_its_sessions_only(tmp_path: Path) -> N
         with pytest.raises(DataLoss, match=r"projection .* is damaged"):
             await client.open_session("projection")
         assert (await client.open_session("session")).length == 600
+        file.write_bytes(b"nothing")
+        assert [(each.size_bytes, each.header_json) for each in await client.list_projections()] == [(7, "")]
 
 
 async def test_the_basis_of_a_session_is_that_of_its_first_tokens(tmp_path: Path) -> None:
