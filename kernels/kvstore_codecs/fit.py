@@ -104,7 +104,7 @@ def fit_session(
     spec: CodecSpec, keys: Tensor, values: Tensor, token_start: int, projections: Sequence[Projection]
 ) -> Fit:
     """Of a session's first tokens [layers, N, H, D] from `token_start` on."""
-    layers = [{"keys": k, "values": v} for k, v in zip(keys, values, strict=True)]
+    layers: list[dict[Kind, Tensor]] = [{"keys": k, "values": v} for k, v in zip(keys, values, strict=True)]
     return Fit.of_layers(
         [fit_layer(spec, len(layers), layer, rows, token_start, projections) for layer, rows in enumerate(layers)]
     )
