@@ -4,31 +4,30 @@ import asyncio
 import logging
 import signal
 from importlib.metadata import version
-from time import monotonic
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from kvstore_kernels import open_backend
 from kvstore_server.config import Address, Settings
 from kvstore_server.config import Index as IndexSettings
+from kvstore_server.device import open_device
 from kvstore_server.limits import PROTOCOL_OVERHEAD_BYTES
+from kvstore_server.memory.device import EVENTS
 from kvstore_server.metadata.index import Index
 from kvstore_server.metadata.memory import MemoryIndex
 from kvstore_server.metadata.redis import RedisIndex
 from kvstore_server.rpc.handlers import SERVICE, Admission, Handlers
 from kvstore_server.rpc.service import KVStoreServicer, server_info
 from kvstore_server.scheduling.engine import Engine
-from kvstore_server.scheduling.self_check import self_check
+from kvstore_server.sessions.attention import Device
 from kvstore_server.sessions.service import SessionService
 from kvstore_server.storage.local import LocalStore
 from kvstore_server.telemetry import Telemetry
 
 LOG = logging.getLogger(__name__)
 ENGINE_WAITING_MAX = 4096
-SELF_CHECK_SECONDS = 300
-"""The check compiles the ops where no machine code was kept: half a minute of a CPU."""
+DEVICE_LOST_EXIT = 3
 
 
 class Server:
@@ -39,19 +38,22 @@ class Server:
         self.admission = Admission(settings.limits)
         self.telemetry = Telemetry()
         self.port = 0
+        self.failed = asyncio.Event()
+        """Set when the device is lost: nothing can be answered any more."""
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
 
     async def start(self) -> None:
         """Opens the store and the device, checks both, and serves. Raises what stops it."""
         settings = self.settings
+        self._loop = asyncio.get_running_loop()
         store = LocalStore(settings.storage.folder)
         await asyncio.to_thread(store.probe)
-        backend = open_backend(settings.device.name)
-        self._engine = Engine(ENGINE_WAITING_MAX)
-        self.sessions = SessionService(store, open_index(settings.index), self._engine, backend, settings)
-        self._measure()
+        device = await asyncio.to_thread(open_device, settings.device)
+        backend = device.backend
+        self._engine = Engine(ENGINE_WAITING_MAX, backend.is_fatal, self._device_lost)
+        self.sessions = SessionService(store, open_index(settings.index), self._engine, device, settings)
+        self._measure(device)
         await self.sessions.start()
-        await self._engine.run(lambda: self_check(backend), monotonic() + SELF_CHECK_SECONDS)
         info = server_info(version("remote-kv-store"), backend.name, self.sessions, "local", settings.index.url)
         self._grpc = grpc.aio.server(options=_options(settings))
         servicer = KVStoreServicer(self.sessions, self.admission, info)
@@ -94,11 +96,23 @@ class Server:
         LOG.info("drained" if finished else "cut off what did not finish within drain_seconds")
         return finished
 
-    def _measure(self) -> None:
+    def _device_lost(self, error: BaseException) -> None:
+        """On a thread of the engine."""
+        LOG.critical("the device failed, and with it every query on it; the server is ending", exc_info=error)
+        self._loop.call_soon_threadsafe(self.failed.set)
+
+    def _measure(self, device: Device) -> None:
         registry, engine, gauge = self.sessions.registry, self._engine, self.telemetry.gauge
         gauge("kvstore_resident_bytes", "Bytes of loaded sessions", lambda: registry.resident_bytes)
         gauge("kvstore_resident_sessions", "Sessions that are loaded", lambda: registry.resident_sessions)
         gauge("kvstore_device_waiting", "Pieces of work that wait for the device", lambda: engine.waiting)
+        gauge("kvstore_device_runs", "Runs of the device since the start", lambda: engine.runs)
+        gauge("kvstore_device_run_items", "Pieces of work answered by them", lambda: engine.run_items)
+        if (memory := device.memory) is not None:
+            gauge("kvstore_device_bytes", "Bytes of the device's slab in use", lambda: memory.used_bytes)
+            gauge("kvstore_device_sessions", "Sessions on the device", lambda: memory.sessions)
+            for name, text in EVENTS.items():
+                gauge(f"kvstore_device_{name}", f"{text} since the start", lambda name=name: memory.counts[name])
         gauge("kvstore_index_lag", "Changes that the index has not seen", lambda: self.sessions.index_lag)
         gauge("kvstore_calls_in_flight", "Calls being answered", lambda: self.admission.in_flight)
 
@@ -115,10 +129,12 @@ async def serve(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await server.start()
-    await stop.wait()
+    ends = [asyncio.ensure_future(event.wait()) for event in (stop, server.failed)]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
-    return 0 if await server.drain() else 1
+    drained = await server.drain()
+    return DEVICE_LOST_EXIT if server.failed.is_set() else 0 if drained else 1
 
 
 def open_index(settings: IndexSettings) -> Index:

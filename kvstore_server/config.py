@@ -162,7 +162,13 @@ class Device(Section):
     """Where queries are computed."""
 
     name: Annotated[str, Field(pattern=r"^(auto|cpu|cuda:\d{1,2})$")] = "auto"
-    """`cpu`, `cuda:N`, or `auto`: the first CUDA device, else the CPU."""
+    """`cpu`, `cuda:N`, or `auto`: the first CUDA device that passes the self-check, else the CPU."""
+    memory_bytes: Annotated[int, Field(ge=64 << 20)] | None = None
+    """For pages and exact rows of sessions on the device; null: `memory_share` of what is free at the start."""
+    memory_share: Annotated[float, Field(gt=0, le=0.95)] = 0.8
+    """The rest is for bases, staging and the scratch memory of queries."""
+    staging_bytes: Annotated[int, Field(ge=16 << 20)] = 1 << 30
+    """For one layer of a session that does not fit in the other memory."""
 
 
 class Memory(Section):

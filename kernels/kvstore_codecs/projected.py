@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kvstore_codecs.plan import ProjectedPlan
 from kvstore_codecs.transform import Basis, inverse_of
-from kvstore_kernels.backend import Backend
+from kvstore_kernels.backend import Backend, State
+from kvstore_kernels.merge import merge_states
 from kvstore_kernels.types import DenseRows, NonFiniteError, Rows, ScaleRangeError, Signs
 
 FP16_MAX = 65504.0
@@ -75,7 +76,7 @@ def score(backend: Backend, q: Tensor, keys: StoredRows, *, sm_scale: float, log
     """Backend.score of anything stored."""
     q, dense, shift = _seen_by(backend, q, keys, sm_scale, logit_soft_cap)
     scores = backend.score(q, dense, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap)
-    return scores if shift is None else scores + shift.unsqueeze(2)
+    return scores if shift is None else scores + shift.unsqueeze(2).to(scores.device)
 
 
 def attend(
@@ -87,23 +88,28 @@ def attend(
     sm_scale: float,
     logit_soft_cap: float = 0.0,
     debias: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    beside: State | None = None,
+) -> State:
     """Backend.attend of anything stored, over at least one token."""
+    settings = {"sm_scale": sm_scale, "logit_soft_cap": logit_soft_cap, "debias": debias}
+    if not isinstance(keys, ProjectedRows) and not isinstance(values, ProjectedRows):
+        return backend.attend(q, keys, values, **settings, beside=beside)
     q, dense, shift = _seen_by(backend, q, keys, sm_scale, logit_soft_cap)
     stored = values.padded() if isinstance(values, ProjectedRows) else values
-    out, lse = backend.attend(q, dense, stored, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap, debias=debias)
+    out, lse = backend.attend(q, dense, stored, **settings)
     if isinstance(values, ProjectedRows):
         group = out.shape[1] // len(values.plan.inverse)
         out = torch.cat(
             [
-                (rows[..., : len(matrix)].double() @ matrix.double() + mean).float()
+                (rows[..., : len(matrix)].double() @ matrix.double().to(out.device) + mean.to(out.device)).float()
                 for rows, matrix, mean in zip(
                     out.split(group, dim=1), values.plan.inverse, values.plan.mean, strict=True
                 )
             ],
             dim=1,
         )
-    return out, lse if shift is None else lse + shift
+    state = out, lse if shift is None else lse + shift.to(lse.device)
+    return state if beside is None else merge_states([beside, state])
 
 
 def _seen_by(

@@ -21,6 +21,7 @@ from kvstore_kernels.types import (
     as_torch_dtype,
     plane_weights,
 )
+from kvstore_kernels.variance import alpha_columns, score_variance, sum_of_squares
 
 __all__ = [
     "STEP",
@@ -38,11 +39,14 @@ __all__ = [
     "SignLayout",
     "SignRows",
     "Signs",
+    "alpha_columns",
     "as_torch_dtype",
     "cpu_backend",
     "merge_states",
     "open_backend",
     "pack_rows",
     "plane_weights",
+    "score_variance",
+    "sum_of_squares",
     "unpack_rows",
 ]

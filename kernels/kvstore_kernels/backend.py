@@ -2,60 +2,112 @@
 
 import importlib
 import importlib.util
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from kvstore_kernels import reference
-from kvstore_kernels.types import Encoder, Expansion, Rows, Signs
+from kvstore_kernels.merge import merge_states
+from kvstore_kernels.paging import Paging
+from kvstore_kernels.types import Encoder, Rows, Signs
+
+State = tuple[Tensor, Tensor]
+Stored = Any
+"""Rows in host memory; a backend with `paging` also reads what its device holds: SignPages, and DenseRows there."""
 
 
 class Backend(Protocol):
-    """The ops of one device. Query head h reads KV head h // (Hq / H); a wrong shape is a ValueError that names it."""
+    """The ops of one device. Query head h reads KV head h // (Hq / H); a wrong shape is a ValueError that names it.
 
+    What score, attend, decode and topk return stays on the device; `to_host` brings it.
+    """
+
+    paging: Paging | None
+    """None where the ops read host memory."""
     name: str
     """`cpu`, or `cuda:0 <device>`."""
 
     def encode(self, x: Tensor, encoder: Encoder) -> Signs:
-        """Sketches of x [N, H, D], any float dtype; NonFiniteError and ScaleRangeError name the first bad place."""
+        """Sketches in host memory of x [N, H, D], any float dtype.
+
+        NonFiniteError and ScaleRangeError name the first bad place.
+        """
         ...
 
-    def score(self, q: Tensor, keys: Rows, *, sm_scale: float, logit_soft_cap: float = 0.0) -> Tensor:
+    def score(self, q: Tensor, keys: Stored, *, sm_scale: float, logit_soft_cap: float = 0.0) -> Tensor:
         """Logits float32 [T, Hq, N] of q [T, Hq, D], with the soft cap applied."""
         ...
 
     def attend(
-        self, q: Tensor, keys: Rows, values: Rows, *, sm_scale: float, logit_soft_cap: float = 0.0, debias: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        q: Tensor,
+        keys: Stored,
+        values: Stored,
+        *,
+        sm_scale: float,
+        logit_soft_cap: float = 0.0,
+        debias: float = 0.0,
+        beside: State | None = None,
+    ) -> State:
         """Out float32 [T, Hq, D] and natural-log lse float32 [T, Hq]; no tokens give (0, -inf).
 
-        The share `debias` of half of each key's variance is taken off its logit before the soft cap.
+        The share `debias` of half of each key's variance is taken off its logit before the soft cap. `beside` is such a
+        result over other tokens, and is merged in.
         """
         ...
 
-    def decode(self, rows: Rows) -> Tensor:
-        """x^ float32 [N, H, D]."""
+    def decode(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Tensor:
+        """x^ [N, H, D]."""
         ...
 
     def topk(self, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Positions int64 and scores float32 [T, Hq, min(k, N)], best first, of equal ones the lower position."""
         ...
 
-    def score_variance(self, q: Tensor, expansion: Expansion, scales: Tensor) -> Tensor:
-        """float32 [T, Hq]: the mean over stored tokens of sum_g alpha_g^2 N_g(q), to be multiplied by sm_scale^2."""
+    def to_host(self, results: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
+        """Begins to bring results of these ops to host memory; what it returns waits for them."""
+        ...
+
+    def is_fatal(self, error: BaseException) -> bool:
+        """Whether an error means that the device is lost."""
         ...
 
 
 class ReferenceBackend:
     """torch alone: the oracle, and the CPU where numba is not installed."""
 
-    name = "cpu"
+    name: str = "cpu"
+    paging: Paging | None = None
     encode = staticmethod(reference.encode)
     score = staticmethod(reference.score)
-    attend = staticmethod(reference.attend)
-    decode = staticmethod(reference.decode)
     topk = staticmethod(reference.topk)
-    score_variance = staticmethod(reference.score_variance)
+    _attend = staticmethod(reference.attend)
+    _decode = staticmethod(reference.decode)
+
+    def attend(
+        self,
+        q: Tensor,
+        keys: Rows,
+        values: Rows,
+        *,
+        sm_scale: float,
+        logit_soft_cap: float = 0.0,
+        debias: float = 0.0,
+        beside: State | None = None,
+    ) -> State:
+        state = self._attend(q, keys, values, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap, debias=debias)
+        return state if beside is None else merge_states([beside, state])
+
+    def decode(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._decode(rows).to(dtype)
+
+    def to_host(self, results: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
+        return lambda: results
+
+    def is_fatal(self, error: BaseException) -> bool:
+        return False
 
 
 def cpu_backend() -> Backend:
@@ -87,7 +139,7 @@ def open_backend(device: str) -> Backend:
 
 def _cuda_backend(device: str) -> Backend:
     try:
-        module = importlib.import_module("kvstore_kernels.cuda_backend")
+        module = importlib.import_module("kvstore_kernels.cuda.backend")
     except ImportError as error:
         raise RuntimeError(f"{device} cannot be used: {error}") from error
-    return module.cuda_backend(device)
+    return module.open_cuda(device)

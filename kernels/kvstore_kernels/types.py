@@ -111,6 +111,18 @@ class Expansion:
     def read_words(self, head: int) -> int:
         return self.matrix[head].shape[0] // WORD_ROWS
 
+    @cached_property
+    def noise_form(self) -> Tensor:
+        """float32 [H, G, D, D], symmetric: N_g(q) = sum_{r in g} noise_r (E q)_r^2 = q^T noise_form[h, g] q."""
+        layout = self.layout
+        forms = torch.zeros(layout.heads, layout.groups, layout.head_dim, layout.head_dim)
+        for head, rows in enumerate(self.matrix):
+            of_row = torch.tensor(layout.word_groups[head][: self.read_words(head)]).repeat_interleave(WORD_ROWS)
+            for group in range(layout.groups):
+                own = rows[of_row == group]
+                forms[head, group] = own.T @ (self.noise[head][of_row == group].unsqueeze(1) * own)
+        return forms
+
 
 @dataclass(frozen=True)
 class SignRows:

@@ -1,15 +1,24 @@
 """A tensor that grows at its end: appended rows never move what a reader already holds."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 FIRST_ROWS = 256
+Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
+
+
+def pageable(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Plain host memory."""
+    return torch.empty(shape, dtype=dtype)
 
 
 class GrowingRows:
     """[N, ...] with room to grow. A view stays valid: rows are written once, and growth copies to a new buffer."""
 
-    def __init__(self, width: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(self, width: tuple[int, ...], dtype: torch.dtype, allocate: Allocate = pageable) -> None:
+        self._allocate = allocate
         self._buffer = torch.empty((0, *width), dtype=dtype)
         self.length = 0
 
@@ -20,7 +29,7 @@ class GrowingRows:
     def reserve(self, rows: int) -> None:
         """Makes room for `rows` in all, at once."""
         if rows > self._buffer.shape[0]:
-            grown = torch.empty((rows, *self._buffer.shape[1:]), dtype=self._buffer.dtype)
+            grown = self._allocate((rows, *self._buffer.shape[1:]), self._buffer.dtype)
             grown[: self.length] = self._buffer[: self.length]
             self._buffer = grown
 

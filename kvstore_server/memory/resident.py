@@ -1,5 +1,6 @@
 """One session's rows in host memory, as the ops read them."""
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -12,7 +13,9 @@ from kvstore_codecs.projected import ProjectedRows, StoredRows
 from kvstore_codecs.sketch import KindRows
 from kvstore_codecs.spec import KINDS, Kind, ModelShape
 from kvstore_kernels import DenseRows, SignRows, Signs, as_torch_dtype
-from kvstore_server.memory.growing import GrowingRows
+from kvstore_kernels.cuda.pages import SignPages
+from kvstore_server.memory.growing import Allocate, GrowingRows, pageable
+from kvstore_server.memory.square_sums import SquareSums
 
 AppendRows = Sequence[tuple[KindRows, KindRows]]
 """Keys and values of each layer of one append."""
@@ -20,21 +23,23 @@ AppendRows = Sequence[tuple[KindRows, KindRows]]
 
 @dataclass(frozen=True)
 class Block:
-    """Positions [start, end) of one layer, stored one way."""
+    """Positions [start, end) of one layer, stored one way, in host memory or on the device."""
 
     start: int
     end: int
-    keys: StoredRows
-    values: StoredRows
+    keys: StoredRows | SignPages
+    values: StoredRows | SignPages
 
 
 class KindStore:
     """One layer and kind: exact rows (all of them where the plan is dense), then packed signs."""
 
-    def __init__(self, shape: ModelShape) -> None:
-        self.rows = GrowingRows((shape.kv_heads, shape.head_dim), as_torch_dtype(shape.dtype))
+    def __init__(self, shape: ModelShape, allocate: Allocate) -> None:
+        self._allocate = allocate
+        self.rows = GrowingRows((shape.kv_heads, shape.head_dim), as_torch_dtype(shape.dtype), allocate)
         self.words: GrowingRows | None = None
         self.scales: GrowingRows | None = None
+        self._squares: SquareSums | None = None
 
     @property
     def nbytes(self) -> int:
@@ -44,8 +49,8 @@ class KindStore:
         self.rows.extend(kind.rows)
         if kind.signs is not None:
             if self.words is None or self.scales is None:
-                self.words = GrowingRows(kind.signs.words.shape[1:], kind.signs.words.dtype)
-                self.scales = GrowingRows(kind.signs.scales.shape[1:], kind.signs.scales.dtype)
+                self.words = GrowingRows(kind.signs.words.shape[1:], kind.signs.words.dtype, self._allocate)
+                self.scales = GrowingRows(kind.signs.scales.shape[1:], kind.signs.scales.dtype, self._allocate)
             self.words.extend(kind.signs.words)
             self.scales.extend(kind.signs.scales)
 
@@ -54,6 +59,12 @@ class KindStore:
             raise LookupError("no signs are stored here")
         return Signs(self.words.between(start, end), self.scales.between(start, end))
 
+    def mean_squares(self, plan: SignPlan, count: int) -> Tensor:
+        """float64 [H, G]: the mean of alpha^2 over the first `count` > 0 sketches."""
+        if self._squares is None:
+            self._squares = SquareSums(plan.layout)
+        return self._squares.mean(self.sketched(0, count).scales, count)
+
 
 class ResidentSession:
     """The rows of positions [0, length) of one session. Readers may hold views while it grows.
@@ -61,13 +72,16 @@ class ResidentSession:
     Positions below `exact_end` are exact in every layer; None: nothing is fitted yet, so all of them are.
     """
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, allocate: Allocate = pageable) -> None:
         self.shape = shape
         self.plan: CodecPlan | None = None
         self.exact_end: int | None = None
         self.length = 0
+        self.parent: weakref.ref[ResidentSession] | None = None
+        """The session that positions [0, shared_end) were forked from, if its rows were loaded too."""
+        self.shared_end = 0
         self._writing = Lock()
-        self._layers = [{kind: KindStore(shape) for kind in KINDS} for _ in range(shape.layers)]
+        self._layers = [{kind: KindStore(shape, allocate) for kind in KINDS} for _ in range(shape.layers)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,6 +133,13 @@ class ResidentSession:
         """Packed sketches of positions [start, end), all at or above `exact_end`."""
         assert self.exact_end is not None
         return self._layers[layer][kind].sketched(start - self.exact_end, end - self.exact_end)
+
+    def mean_squares(self, layer: int, end: int) -> Tensor:
+        """float64 [H, G]: the mean of alpha^2 over the sketched keys of positions [exact_end, end), not none."""
+        plan, exact_end = self.plan_of(layer, "keys"), self.exact_end
+        assert isinstance(plan, SignPlan)
+        assert exact_end is not None
+        return self._layers[layer]["keys"].mean_squares(plan, end - exact_end)
 
     def _compressed(self, layer: int, kind: Kind, start: int, end: int, level: int) -> StoredRows:
         plan = self.plan_of(layer, kind)

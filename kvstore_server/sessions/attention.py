@@ -1,18 +1,71 @@
 """Queries over the blocks of one layer: what runs on the device thread."""
 
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import torch
 from torch import Tensor
 
 from kvstore_codecs import projected
-from kvstore_codecs.plan import SignPlan
-from kvstore_codecs.spec import Kind
-from kvstore_kernels import Backend, DenseRows, SignRows, merge_states
+from kvstore_codecs.plan import ProjectedPlan, SignPlan
+from kvstore_codecs.spec import KINDS, Kind
+from kvstore_kernels import Backend, DenseRows, SignRows, score_variance
 from kvstore_server.errors import FailedPrecondition
+from kvstore_server.memory.device import DeviceMemory
 from kvstore_server.memory.resident import Block, ResidentSession
+from kvstore_server.scheduling.completion import Later
 from kvstore_server.sessions.model import Fidelity, Precision
+
+Fetch = Callable[[], Sequence[Tensor]]
+"""Waits for results that are on their way to host memory."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where the ops run; `memory` None: on host rows."""
+
+    backend: Backend
+    memory: DeviceMemory | None
+
+    def blocks(self, prefix: "Prefix", start: int = 0) -> list[Block]:
+        """Positions [start, prefix.end) as the backend reads them."""
+        if self.memory is None or _is_projected(prefix):
+            return blocks(prefix.resident, prefix.layer, start, prefix.end, prefix.precision)
+        return self.memory.blocks(prefix.resident, prefix.layer, start, prefix.end, _levels_of(prefix.precision))
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Positions [0, end) of one layer of one session, read at `precision`."""
+
+    resident: ResidentSession
+    layer: int
+    end: int
+    precision: Precision
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for prefixes that one pass can read; an item of work holds the session, so its id is its own."""
+        return id(self.resident), self.layer, self.end, self.precision.keys_level, self.precision.values_level
+
+
+@dataclass(frozen=True)
+class Item:
+    """One caller's rows [T, Hq, D] of a pass, and which heads it asked for."""
+
+    q: Tensor
+    heads: slice
+
+
+Attended = tuple[Tensor, Tensor, Fidelity]
+"""out [T, heads, D] and natural-log lse [T, heads], float32, and what they are worth."""
+
+
+def _is_projected(prefix: "Prefix") -> bool:
+    """A layer whose coordinates are read from host memory, wherever the ops run."""
+    plans = (prefix.resident.plan_of(prefix.layer, kind) for kind in KINDS)
+    return any(isinstance(plan, ProjectedPlan) for plan in plans)
 
 
 def full_heads(q: Tensor, head_offset: int, query_heads: int) -> Tensor:
@@ -24,84 +77,104 @@ def full_heads(q: Tensor, head_offset: int, query_heads: int) -> Tensor:
     return whole
 
 
-def attend(
-    backend: Backend, resident: ResidentSession, layer: int, end: int, q: Tensor, precision: Precision, debias: float
-) -> tuple[Tensor, Tensor]:
-    """out [T, Hq, D] and natural-log lse [T, Hq], float32, over positions [0, end) of `layer`."""
-    shape = resident.shape
-    states = [
-        projected.attend(
-            backend,
+def attend(device: Device, prefix: Prefix, debias: float, items: list[Item]) -> Later[list[Attended]]:
+    """Each item's attention over the prefix, all in one pass over its rows."""
+    shape = prefix.resident.shape
+    q = items[0].q if len(items) == 1 else torch.cat([item.q for item in items])
+    state: tuple[Tensor, Tensor] | None = None
+    for block in device.blocks(prefix):
+        state = projected.attend(
+            device.backend,
             q,
             block.keys,
             block.values,
             sm_scale=shape.sm_scale,
             logit_soft_cap=shape.logit_soft_cap,
             debias=debias,
+            beside=state,
         )
-        for block in blocks(resident, layer, 0, end, precision)
-    ]
-    if not states:
-        return torch.zeros(q.shape, dtype=torch.float32), torch.full(q.shape[:2], -torch.inf)
-    return states[0] if len(states) == 1 else merge_states(states)
+    if state is None:
+        state = torch.zeros(q.shape, dtype=torch.float32), torch.full(q.shape[:2], -torch.inf)
+    fetch = device.backend.to_host(state)
+    worth = _fidelities(prefix, q, items)
+
+    def finish() -> list[Attended]:
+        counts = [len(item.q) for item in items]
+        parts = zip(items, *(each.split(counts) for each in fetch()), worth, strict=True)
+        return [(out[:, item.heads], lse[:, item.heads], fidelity) for item, out, lse, fidelity in parts]
+
+    return Later(finish)
 
 
-def score(
-    backend: Backend, resident: ResidentSession, layer: int, start: int, end: int, q: Tensor, precision: Precision
-) -> Tensor:
-    """float32 logits [T, Hq, end - start] of positions [start, end)."""
-    shape = resident.shape
-    parts = [
-        projected.score(backend, q, block.keys, sm_scale=shape.sm_scale, logit_soft_cap=shape.logit_soft_cap)
-        for block in blocks(resident, layer, start, end, precision)
-    ]
-    return torch.cat(parts, dim=2) if parts else torch.empty((*q.shape[:2], 0))
+def score(device: Device, prefix: Prefix, start: int, q: Tensor) -> Fetch:
+    """float32 logits [T, Hq, end - start] of positions [start, prefix.end)."""
+    parts = [_scores(device, prefix, block, q) for block in device.blocks(prefix, start)]
+    if not parts:
+        return lambda: (torch.empty((*q.shape[:2], 0)),)
+    return device.backend.to_host((torch.cat(parts, dim=2) if len(parts) > 1 else parts[0],))
 
 
-def top_k(
-    backend: Backend,
-    resident: ResidentSession,
-    layer: int,
-    end: int,
-    q: Tensor,
-    k: int,
-    precision: Precision,
-    candidates: int,
-) -> tuple[Tensor, Tensor]:
+def top_k(device: Device, prefix: Prefix, q: Tensor, k: int, candidates: int) -> Fetch:
     """Positions int64 and logits float32 [T, Hq, min(k, end)], best first, ties by lower position.
 
-    `candidates` > 0: the best so many by `precision` are scored again at the finest level.
+    `candidates` > 0: the best so many at the prefix's precision are scored again at the finest level.
     """
-    scores = score(backend, resident, layer, 0, end, q, precision)
     if not candidates:
-        return backend.topk(scores, k)
-    positions = backend.topk(scores, min(candidates, end))[0].sort(dim=2).values
-    finest = score(backend, resident, layer, 0, end, q, replace(precision, keys_level=0)).gather(2, positions)
-    order, best = backend.topk(finest, k)
+        return device.backend.to_host(_best(device, prefix, q, k))
+    positions = _best(device, prefix, q, candidates)[0].sort(dim=2).values
+    finest = replace(prefix, precision=replace(prefix.precision, keys_level=0))
+    scores = [_scores(device, finest, block, q) for block in device.blocks(finest)]
+    order, best = device.backend.topk(torch.cat(scores, dim=2).gather(2, positions), k)
+    return device.backend.to_host((positions.gather(2, order), best))
+
+
+def _best(device: Device, prefix: Prefix, q: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The best k of each block, then of all: blocks come in the order of positions, so ties stay in it."""
+    found = list[tuple[Tensor, Tensor]]()
+    for block in device.blocks(prefix):
+        positions, scores = device.backend.topk(_scores(device, prefix, block, q), k)
+        found.append((positions + block.start, scores))
+    if not found:
+        return torch.empty((*q.shape[:2], 0), dtype=torch.int64), torch.empty((*q.shape[:2], 0))
+    if len(found) == 1:
+        return found[0]
+    positions, scores = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
+    order, best = device.backend.topk(scores, k)
     return positions.gather(2, order), best
 
 
-def fidelity(
-    backend: Backend, resident: ResidentSession, layer: int, end: int, q: Tensor, heads: slice, precision: Precision
-) -> Fidelity:
-    """What an answer at `precision` over [0, end) is worth; the levels are those really read."""
-    variance, exact = 0.0, True
-    for block in blocks(resident, layer, 0, end, precision):
-        exact &= isinstance(block.keys, DenseRows) and isinstance(block.values, DenseRows)
-        if isinstance(block.keys, SignRows):
-            per_row = backend.score_variance(q, block.keys.expansion, block.keys.signs.scales)
-            variance = float(per_row[:, heads].mean())
+def _scores(device: Device, prefix: Prefix, block: Block, q: Tensor) -> Tensor:
+    shape = prefix.resident.shape
+    return projected.score(device.backend, q, block.keys, sm_scale=shape.sm_scale, logit_soft_cap=shape.logit_soft_cap)
+
+
+def fidelity(prefix: Prefix, q: Tensor, heads: slice) -> Fidelity:
+    """What an answer over the prefix is worth; the levels are those really read."""
+    return _fidelities(prefix, q, [Item(q, heads)])[0]
+
+
+def _fidelities(prefix: Prefix, q: Tensor, items: list[Item]) -> list[Fidelity]:
+    """One for each item of a pass; `q` holds the rows of all."""
+    resident, layer, precision = prefix.resident, prefix.layer, prefix.precision
+    keys, values = (resident.plan_of(layer, kind) for kind in ("keys", "values"))
+    sketched = resident.exact_end is not None and prefix.end > resident.exact_end
+    variances = [0.0] * len(items)
+    if sketched and isinstance(keys, SignPlan):
+        level = keys.levels[min(precision.keys_level, len(keys.levels) - 1)]
+        rows = score_variance(q, level, resident.mean_squares(layer, prefix.end)).split([len(each.q) for each in items])
+        variances = [float(own[:, each.heads].mean()) for own, each in zip(rows, items, strict=True)]
     plan = resident.plan
-    return Fidelity(
+    common = Fidelity(
         codec="raw" if plan is None else plan.spec.for_layer(layer, "keys", resident.shape.layers).name,
         codec_fingerprint="" if plan is None else plan.fingerprint,
         precision=Precision(
             min(precision.keys_level, _levels(resident, layer, "keys") - 1),
             min(precision.values_level, _levels(resident, layer, "values") - 1),
         ),
-        score_stderr=resident.shape.sm_scale * sqrt(variance),
-        exact=exact,
+        score_stderr=0.0,
+        exact=not sketched or keys.widths is values.widths is None,
     )
+    return [replace(common, score_stderr=resident.shape.sm_scale * sqrt(variance)) for variance in variances]
 
 
 def _levels(resident: ResidentSession, layer: int, kind: Kind) -> int:
@@ -111,8 +184,7 @@ def _levels(resident: ResidentSession, layer: int, kind: Kind) -> int:
 
 def check_precision(resident: ResidentSession, layer: int, precision: Precision) -> None:
     """FailedPrecondition when `required` and the codec has no such level."""
-    asked: dict[Kind, int] = {"keys": precision.keys_level, "values": precision.values_level}
-    for kind, level in asked.items():
+    for kind, level in _levels_of(precision).items():
         if precision.required and level >= (levels := _levels(resident, layer, kind)):
             raise FailedPrecondition("NO_LEVEL", f"{kind} of layer {layer} have {levels} levels", limit=levels)
 
@@ -127,5 +199,19 @@ def debias_of(resident: ResidentSession, layer: int, asked: float | None) -> flo
 
 def blocks(resident: ResidentSession, layer: int, start: int, end: int, precision: Precision) -> list[Block]:
     """Positions [start, end) of `layer` as they are stored, read at `precision`."""
-    levels: dict[Kind, int] = {"keys": precision.keys_level, "values": precision.values_level}
-    return list(resident.blocks(layer, start, end, levels))
+    return list(resident.blocks(layer, start, end, _levels_of(precision)))
+
+
+def decoded(device: Device, block: Block, kind: Kind, dtype: torch.dtype) -> Tensor:
+    """A host block's keys or values [N, H, D]."""
+    rows = block.keys if kind == "keys" else block.values
+    if isinstance(rows, DenseRows):
+        return rows.data.to(dtype)
+    if isinstance(rows, projected.ProjectedRows):
+        return projected.decode(device.backend, rows).to(dtype)
+    assert isinstance(rows, SignRows)
+    return device.backend.to_host((device.backend.decode(rows, dtype),))()[0]
+
+
+def _levels_of(precision: Precision) -> dict[Kind, int]:
+    return {"keys": precision.keys_level, "values": precision.values_level}

@@ -5,6 +5,7 @@ import asyncio
 from kvstore_codecs.artifact import Projection
 from kvstore_codecs.plan import CodecPlan, Fit
 from kvstore_codecs.resolve import plan_for
+from kvstore_server.memory.growing import Allocate, pageable
 from kvstore_server.memory.resident import AppendRows, ResidentSession
 from kvstore_server.sessions.model import SessionInfo
 from kvstore_server.storage.session_state import AppendEntry, SessionState
@@ -16,9 +17,12 @@ class LiveSession:
     `lock` is held while the session grows or is loaded; queries hold none: they use the prefix that they name.
     """
 
-    def __init__(self, state: SessionState, projections: tuple[Projection, ...] = ()) -> None:
+    def __init__(
+        self, state: SessionState, projections: tuple[Projection, ...] = (), allocate: Allocate = pageable
+    ) -> None:
         self.state = state
         self.projections = projections
+        self._allocate = allocate
         self.lock = asyncio.Lock()
         self.resident: ResidentSession | None = None
         self.fit: Fit | None = None
@@ -78,7 +82,7 @@ class LiveSession:
 
     def loadable(self) -> ResidentSession:
         """The session's rows, as far as they are loaded, ready to take more."""
-        resident = self.resident or ResidentSession(self.state.shape)
+        resident = self.resident or ResidentSession(self.state.shape, self._allocate)
         if (plan := self.plan) is not None and self.exact_end is not None:
             resident.adopt(plan, self.exact_end)
         return resident

@@ -1,19 +1,21 @@
 """Score, TopK, Attend and Fetch: checked against the session, computed on the device thread over one prefix."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from kvstore_codecs.plan import Fit
-from kvstore_codecs.projected import ProjectedRows, decode
+from kvstore_codecs.projected import ProjectedRows
 from kvstore_codecs.spec import KINDS, CodecSpec, Kind
-from kvstore_kernels import Backend, DenseRows, SignRows
+from kvstore_kernels import DenseRows, SignRows
 from kvstore_server.errors import FailedPrecondition, InvalidArgument
 from kvstore_server.limits import Limits
 from kvstore_server.memory.resident import ResidentSession
+from kvstore_server.scheduling.completion import Later
 from kvstore_server.scheduling.engine import Engine
 from kvstore_server.sessions import attention
+from kvstore_server.sessions.attention import Device
 from kvstore_server.sessions.live import LiveSession
 from kvstore_server.sessions.model import (
     AttendAnswer,
@@ -56,8 +58,8 @@ class Prefetched:
 class Querying:
     """Answers from the rows of one session; each names the prefix, the level and the error it was computed with."""
 
-    def __init__(self, registry: Registry, engine: Engine, backend: Backend, limits: Limits) -> None:
-        self._registry, self._engine, self._backend, self._limits = registry, engine, backend, limits
+    def __init__(self, registry: Registry, engine: Engine, device: Device, limits: Limits) -> None:
+        self._registry, self._engine, self._device, self._limits = registry, engine, device, limits
 
     async def bind(self, tenant: str, session: str, generation: str | None) -> SessionInfo:
         """The session an Attend handle stands for."""
@@ -67,56 +69,64 @@ class Querying:
     async def prefetch(
         self, tenant: str, session: str, generation: str | None, end: int, deadline: float
     ) -> Prefetched:
+        """Loads the prefix [0, end) into host memory and, where there is one, onto the device."""
         live, resident = await self._loaded(tenant, session, generation, end, deadline)
+        if (memory := self._device.memory) is not None:
+            for layer in range(resident.shape.layers):
+
+                def work(layer: int = layer) -> None:
+                    memory.prefetch(resident, layer, end)
+
+                await self._engine.run(work, deadline, "encode")
         return Prefetched(live.generation, live.length, resident.nbytes)
 
     async def attend(self, tenant: str, query: Query, debias: float | None, deadline: float) -> AttendAnswer:
-        live, resident, query = await self._prepared(tenant, query, deadline)
+        """One caller's rows; those of others that wait for the same prefix are answered by the same pass."""
+        live, prefix = await self._prepared(tenant, query, deadline)
         if debias is not None and not 0 <= debias <= 1:
             raise InvalidArgument("debias", f"{debias} is outside [0, 1]")
-        share = attention.debias_of(resident, query.layer, debias)
+        share = attention.debias_of(prefix.resident, query.layer, debias)
+        item = attention.Item(self._full(prefix, query), self._asked_heads(query))
 
-        def work() -> tuple[torch.Tensor, torch.Tensor, Fidelity]:
-            q = attention.full_heads(query.q, query.head_offset, resident.shape.query_heads)
-            out, lse = attention.attend(self._backend, resident, query.layer, query.end, q, query.precision, share)
-            return out, lse, self._fidelity(resident, query, q)
+        def work(items: list[attention.Item]) -> Later[list[attention.Attended]]:
+            return attention.attend(self._device, prefix, share, items)
 
-        out, lse, fidelity = await self._engine.run(work, deadline)
-        heads = self._asked_heads(query)
-        return AttendAnswer(out[:, heads], lse[:, heads], live.generation, live.length, fidelity)
+        key = (prefix.key, share, query.q.dtype)
+        out, lse, fidelity = await self._engine.run_together(key, item, work, deadline)
+        return AttendAnswer(out, lse, live.generation, live.length, fidelity)
 
     async def score(self, tenant: str, query: Query, start: int, deadline: float) -> AsyncIterator[ScoreAnswer]:
         """Logits of positions [start, query.end) in pieces a message can hold."""
-        live, resident, query = await self._prepared(tenant, query, deadline)
+        live, prefix = await self._prepared(tenant, query, deadline)
         if start > query.end:
             raise InvalidArgument("token_start", f"{start} is beyond token_end {query.end}")
         row_bytes = 4 * query.q.shape[0] * query.q.shape[1]
         step = max(1, min(SCORE_TOKENS, self._limits.frame_bytes_max // row_bytes))
-        q = attention.full_heads(query.q, query.head_offset, resident.shape.query_heads)
-        heads = self._asked_heads(query)
-        fidelity = await self._engine.run(lambda: self._fidelity(resident, query, q), deadline)
+        q, heads = self._full(prefix, query), self._asked_heads(query)
+        fidelity = await self._engine.run(lambda: attention.fidelity(prefix, q, heads), deadline)
         for first in range(start, query.end, step) or (start,):
-            last = min(first + step, query.end)
+            part = replace(prefix, end=min(first + step, query.end))
 
-            def work(first: int = first, last: int = last) -> torch.Tensor:
-                return attention.score(self._backend, resident, query.layer, first, last, q, query.precision)
+            def work(first: int = first, part: attention.Prefix = part) -> Later[Sequence[torch.Tensor]]:
+                return Later(attention.score(self._device, part, first, q))
 
-            scores = (await self._engine.run(work, deadline))[:, heads]
-            yield ScoreAnswer(scores, first, live.generation, live.length, fidelity)
+            (scores,) = await self._engine.run(work, deadline)
+            yield ScoreAnswer(scores[:, heads], first, live.generation, live.length, fidelity)
 
     async def top_k(self, tenant: str, query: Query, k: int, oversampling: float | None, deadline: float) -> TopKAnswer:
         """The best k; with `oversampling`, by the finest level among the best oversampling * k of a coarse pass."""
         candidates = self._candidates(query, k, oversampling)
-        live, resident, query = await self._prepared(tenant, query, deadline)
+        live, prefix = await self._prepared(tenant, query, deadline)
+        q, heads = self._full(prefix, query), self._asked_heads(query)
+        precision = replace(query.precision, keys_level=0) if candidates else query.precision
+        answered = replace(prefix, precision=precision)
 
-        def work() -> tuple[torch.Tensor, torch.Tensor, Fidelity]:
-            q = attention.full_heads(query.q, query.head_offset, resident.shape.query_heads)
-            best = attention.top_k(self._backend, resident, query.layer, query.end, q, k, query.precision, candidates)
-            answered = replace(query, precision=replace(query.precision, keys_level=0)) if candidates else query
-            return *best, self._fidelity(resident, answered, q)
+        def work() -> Later[tuple[Sequence[torch.Tensor], Fidelity]]:
+            best = attention.top_k(self._device, prefix, q, k, candidates)
+            fidelity = attention.fidelity(answered, q, heads)
+            return Later(lambda: (best(), fidelity))
 
-        positions, scores, fidelity = await self._engine.run(work, deadline)
-        heads = self._asked_heads(query)
+        (positions, scores), fidelity = await self._engine.run(work, deadline)
         return TopKAnswer(positions[:, heads], scores[:, heads], live.generation, live.length, fidelity)
 
     async def fetch(self, tenant: str, query: FetchQuery, deadline: float) -> FetchAnswer:
@@ -153,16 +163,14 @@ class Querying:
                     yield part
 
     def _decoded(self, resident: ResidentSession, query: FetchQuery, layer: int, kind: Kind) -> list[FetchPart]:
-        parts = []
-        for block in attention.blocks(resident, layer, query.start, query.end, query.precision):
-            rows = block.keys if kind == "keys" else block.values
-            tensor = rows.data if isinstance(rows, DenseRows) else decode(self._backend, rows)
-            tensor = tensor.to(query.dtype or resident.dtype)
-            parts.append(FetchPart(layer, kind, "rows", block.start, tensor))
-        return parts
+        dtype = query.dtype or resident.dtype
+        return [
+            FetchPart(layer, kind, "rows", block.start, attention.decoded(self._device, block, kind, dtype))
+            for block in attention.blocks(resident, layer, query.start, query.end, query.precision)
+        ]
 
-    async def _prepared(self, tenant: str, query: Query, deadline: float) -> tuple[LiveSession, ResidentSession, Query]:
-        """The session, loaded up to the query's end, and the query checked against it."""
+    async def _prepared(self, tenant: str, query: Query, deadline: float) -> tuple[LiveSession, attention.Prefix]:
+        """The session, loaded up to the query's end, against which the query is checked."""
         tokens, heads, head_dim = query.q.shape
         if tokens > self._limits.query_rows_max:
             limit = self._limits.query_rows_max
@@ -182,7 +190,7 @@ class Querying:
             limit = self._limits.query_logits_max
             raise InvalidArgument("q.shape", f"{cost} logits in one query are more than {limit}", limit=limit)
         attention.check_precision(resident, query.layer, query.precision)
-        return live, resident, query
+        return live, attention.Prefix(resident, query.layer, query.end, query.precision)
 
     async def _loaded(
         self, tenant: str, session: str, generation: str | None, end: int, deadline: float
@@ -190,10 +198,6 @@ class Querying:
         check_name("session", session)
         live = await self._registry.open(tenant, session, generation)
         return live, await self._registry.load(live, end, deadline)
-
-    def _fidelity(self, resident: ResidentSession, query: Query, q: torch.Tensor) -> Fidelity:
-        heads = self._asked_heads(query)
-        return attention.fidelity(self._backend, resident, query.layer, query.end, q, heads, query.precision)
 
     def _candidates(self, query: Query, k: int, oversampling: float | None) -> int:
         factor = 1.0 if oversampling is None else oversampling
@@ -215,6 +219,10 @@ class Querying:
         if layer >= resident.shape.layers:
             limit = resident.shape.layers
             raise InvalidArgument("layer", f"{layer} is outside [0, {limit})", limit=limit)
+
+    @staticmethod
+    def _full(prefix: attention.Prefix, query: Query) -> torch.Tensor:
+        return attention.full_heads(query.q, query.head_offset, prefix.resident.shape.query_heads)
 
     @staticmethod
     def _asked_heads(query: Query) -> slice:
@@ -244,5 +252,6 @@ def _stored(resident: ResidentSession, query: FetchQuery, layer: int, kind: Kind
             parts.append(FetchPart(layer, kind, "words", block.start, nothing))
             parts.append(FetchPart(layer, kind, "scales", block.start, rows.coordinates))
         else:
+            assert isinstance(rows, DenseRows)
             parts.append(FetchPart(layer, kind, "rows", block.start, rows.data))
     return parts

@@ -1,9 +1,11 @@
 """The sessions this process has open: found in the store, kept fresh, loaded within a memory budget."""
 
 import asyncio
+import weakref
 from time import monotonic
 
 from kvstore_server.errors import Aborted, DeadlineExceeded, NotFound, OutOfRange
+from kvstore_server.memory.growing import Allocate, pageable
 from kvstore_server.memory.resident import ResidentSession
 from kvstore_server.sessions.live import LiveSession
 from kvstore_server.sessions.loading import extend_resident, read_fit
@@ -22,9 +24,15 @@ class Registry:
     """
 
     def __init__(
-        self, store: ObjectStore, projecting: Projecting, host_bytes_max: int, staleness_seconds: float
+        self,
+        store: ObjectStore,
+        projecting: Projecting,
+        host_bytes_max: int,
+        staleness_seconds: float,
+        allocate: Allocate = pageable,
     ) -> None:
         self._store, self._projecting = store, projecting
+        self._allocate = allocate
         self._host_bytes_max = host_bytes_max
         self._staleness_seconds = staleness_seconds
         self._open: dict[tuple[str, str], LiveSession] = {}
@@ -90,10 +98,19 @@ class Registry:
     async def fill(self, live: LiveSession, end: int) -> ResidentSession:
         """The session's rows, at least up to `end`; its lock must be held. What was read before damage is kept."""
         resident = live.resident = live.loadable()
+        self._name_parent(live, resident)
         async with self._loads:
             await asyncio.to_thread(extend_resident, self.log(live.state.tenant), live.state, resident, end)
         self.make_room(live)
         return resident
+
+    def _name_parent(self, live: LiveSession, resident: ResidentSession) -> None:
+        """Tells a fork's rows whose pages they may share."""
+        if live.state.ancestors and resident.parent is None:
+            origin = live.state.ancestors[-1]
+            parent = self._open.get((live.state.tenant, origin.session))
+            if parent is not None and parent.generation == origin.generation and parent.resident is not None:
+                resident.parent, resident.shared_end = weakref.ref(parent.resident), origin.end
 
     async def ensure_fit(self, live: LiveSession) -> None:
         """Reads the session's fit if there is one that is not known yet, and makes the plan, which may take seconds."""
@@ -123,7 +140,7 @@ class Registry:
         state = await asyncio.to_thread(self.log(tenant).load, name)
         if state is None:
             return None
-        live = LiveSession(state, await self._projecting.of(state.spec, state.shape))
+        live = LiveSession(state, await self._projecting.of(state.spec, state.shape), self._allocate)
         live.checked_at = now
         await asyncio.to_thread(self.log(tenant).appends, state)
         await self.ensure_fit(live)

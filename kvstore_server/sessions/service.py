@@ -3,11 +3,12 @@
 import asyncio
 import logging
 
-from kvstore_kernels import Backend
 from kvstore_server.config import Settings
+from kvstore_server.memory.growing import pageable
 from kvstore_server.metadata.index import Index
 from kvstore_server.scheduling.engine import Engine
 from kvstore_server.sessions.appending import Appending
+from kvstore_server.sessions.attention import Device
 from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.lifecycle import Lifecycle
 from kvstore_server.sessions.projecting import Projecting
@@ -21,16 +22,23 @@ LOG = logging.getLogger(__name__)
 class SessionService:
     """What rpc calls: `lifecycle`, `appending` and `querying` over one store, one index and one device."""
 
-    def __init__(self, store: ObjectStore, index: Index, engine: Engine, backend: Backend, settings: Settings) -> None:
+    def __init__(self, store: ObjectStore, index: Index, engine: Engine, device: Device, settings: Settings) -> None:
         self.limits = settings.limits
         self.default_codec = settings.codec
         self._store = store
         self._indexing = Indexing(index)
+        paging = device.backend.paging
         self.projecting = Projecting(store, self.limits)
-        self.registry = Registry(store, self.projecting, settings.memory.host_bytes_max, settings.staleness_seconds)
+        self.registry = Registry(
+            store,
+            self.projecting,
+            settings.memory.host_bytes_max,
+            settings.staleness_seconds,
+            pageable if paging is None else paging.pinned,
+        )
         self.lifecycle = Lifecycle(self.registry, self.projecting, self._indexing, self.limits, self.default_codec)
-        self.appending = Appending(self.registry, self._indexing, engine, backend, self.limits)
-        self.querying = Querying(self.registry, engine, backend, self.limits)
+        self.appending = Appending(self.registry, self._indexing, engine, device.backend, self.limits)
+        self.querying = Querying(self.registry, engine, device, self.limits)
 
     @property
     def index_lag(self) -> int:

@@ -13,6 +13,7 @@ from kvstore_codecs.resolve import plan_for
 from kvstore_codecs.spec import Affine, CodecSpec, ModelShape, Qjl, Raw, Rotated
 from kvstore_kernels.backend import cpu_backend
 from kvstore_kernels.types import Expansion, SignRows
+from kvstore_kernels.variance import alpha_columns, score_variance, sum_of_squares
 
 RHOS = (0.0, 0.5, 0.9, 1.0)
 DRAWS = 20_000
@@ -104,3 +105,9 @@ def _variance(level: Expansion, alpha: Tensor, head_dim: int) -> float:
 
 def _unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True)
+
+
+def stored_variance(q: Tensor, expansion: Expansion, scales: Tensor) -> Tensor:
+    """The mean variance of q's scores over the tokens of `scales` [N, S]: float32 [T, Hq]."""
+    squares = sum_of_squares(scales, alpha_columns(expansion.layout))
+    return score_variance(q, expansion, squares / len(scales))

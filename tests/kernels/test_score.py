@@ -128,19 +128,3 @@ def test_rows_that_do_not_fit_their_layout_are_refused(backend: Backend) -> None
         )
     with pytest.raises(ValueError, match="q has shape"):
         backend.score(normal(1, 3, 64), keys, sm_scale=1.0)
-
-
-@every_expansion
-def test_score_variance_is_the_mean_over_stored_tokens(backend: Backend, by: Expansion) -> None:
-    keys, q = sign_rows(50, by), queries(by)
-    actual = backend.score_variance(q, by, keys.signs.scales)
-    assert actual.dtype == torch.float32
-    assert actual.shape == q.shape[:2]
-    without = logits64(q, keys, 1.0)
-    expected = (without - logits64(q, keys, 1.0, debias=2.0)).mean(2)
-    assert_close(actual.double(), expected, rtol=1e-5, atol=1e-9)
-
-
-def test_score_variance_of_no_tokens_is_zero(backend: Backend) -> None:
-    by = expansion()
-    assert not backend.score_variance(normal(1, 2, 64), by, torch.zeros(0, by.layout.scales, dtype=torch.float16)).any()

@@ -6,7 +6,8 @@ from time import monotonic
 import pytest
 
 from kvstore_server.errors import DeadlineExceeded, ResourceExhausted, Unavailable
-from kvstore_server.scheduling.engine import Engine, Lane
+from kvstore_server.scheduling.completion import Later
+from kvstore_server.scheduling.engine import TOGETHER_MAX, Engine, Lane
 
 
 @pytest.fixture
@@ -86,3 +87,108 @@ async def test_close_finishes_what_waits_and_refuses_what_comes() -> None:
     assert await done == 1
     with pytest.raises(Unavailable):
         await engine.run(lambda: None, soon())
+
+
+class Passes:
+    """Work that notes which items came together."""
+
+    def __init__(self) -> None:
+        self.taken: list[list[int]] = []
+
+    def run(self, items: list[int]) -> list[int]:
+        self.taken.append(items)
+        return [item * 10 for item in items]
+
+
+async def blocked(engine: Engine) -> tuple[threading.Event, "asyncio.Task[bool]"]:
+    """The device is busy until the event is set."""
+    gate = threading.Event()
+    running = asyncio.create_task(engine.run(gate.wait, soon()))
+    await asyncio.sleep(0.01)
+    return gate, running
+
+
+async def test_what_waits_for_one_key_runs_together_and_each_gets_its_own() -> None:
+    engine, passes = Engine(waiting_max=200), Passes()
+    gate, running = await blocked(engine)
+    work = [asyncio.create_task(engine.run_together(n % 2, n, passes.run, soon())) for n in range(10)]
+    await asyncio.sleep(0.01)
+    gate.set()
+    assert await asyncio.gather(*work) == [n * 10 for n in range(10)]
+    assert passes.taken == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
+    await running
+    await asyncio.to_thread(engine.close, 5)
+
+
+async def test_a_pass_is_bounded() -> None:
+    engine, passes = Engine(waiting_max=200), Passes()
+    gate, running = await blocked(engine)
+    work = [asyncio.create_task(engine.run_together("key", n, passes.run, soon())) for n in range(TOGETHER_MAX + 1)]
+    await asyncio.sleep(0.01)
+    gate.set()
+    await asyncio.gather(running, *work)
+    assert [len(taken) for taken in passes.taken] == [TOGETHER_MAX, 1]
+    await asyncio.to_thread(engine.close, 5)
+
+
+async def test_the_late_and_the_cancelled_leave_the_rest_of_a_pass_alone(engine: Engine) -> None:
+    passes = Passes()
+    gate, running = await blocked(engine)
+    late = asyncio.create_task(engine.run_together("key", 1, passes.run, monotonic() - 0.001))
+    gone = asyncio.create_task(engine.run_together("key", 2, passes.run, soon()))
+    kept = asyncio.create_task(engine.run_together("key", 3, passes.run, soon()))
+    await asyncio.sleep(0.01)
+    gone.cancel()
+    await asyncio.sleep(0)
+    gate.set()
+    assert await kept == 30
+    with pytest.raises(DeadlineExceeded):
+        await late
+    assert passes.taken == [[3]]
+    await running
+
+
+async def test_the_next_pass_is_launched_while_the_device_finishes_the_last(engine: Engine) -> None:
+    finished, launched = threading.Event(), threading.Event()
+
+    def launch() -> Later[str]:
+        launched.set()
+        return Later(lambda: "second")
+
+    first = asyncio.create_task(engine.run(lambda: Later(lambda: finished.wait(10)), soon()))
+    second = asyncio.create_task(engine.run(launch, soon()))
+    assert await asyncio.to_thread(launched.wait, 5)
+    assert not first.done()
+    finished.set()
+    assert await first is True
+    assert await second == "second"
+
+
+@pytest.mark.parametrize("later", [False, True])
+async def test_a_lost_device_answers_all_work_and_says_so_once(later: bool) -> None:
+    told: list[BaseException] = []
+    engine = Engine(8, is_fatal=lambda error: isinstance(error, OSError), on_fatal=told.append)
+    gate = threading.Event()
+
+    def lose() -> None:
+        gate.wait()
+        raise OSError("the device fell off the bus")
+
+    lost = asyncio.create_task(engine.run(lambda: Later(lose) if later else lose(), soon()))
+    await asyncio.sleep(0.01)
+    waiting = [asyncio.create_task(engine.run(gate.wait, soon(), "encode")) for _ in range(0 if later else 2)]
+    await asyncio.sleep(0.01)
+    gate.set()
+    for outcome in await asyncio.gather(lost, *waiting, return_exceptions=True):
+        assert isinstance(outcome, Unavailable)
+        assert outcome.reason == "DEVICE_LOST"
+    with pytest.raises(Unavailable):
+        await engine.run(lambda: None, soon())
+    assert [type(error) for error in told] == [OSError]
+    await asyncio.to_thread(engine.close, 5)
+
+
+async def test_other_errors_of_what_is_finished_later_fail_only_their_work(engine: Engine) -> None:
+    with pytest.raises(ZeroDivisionError):
+        await engine.run(lambda: Later(lambda: 1 // 0), soon())
+    assert await engine.run(lambda: 1, soon()) == 1

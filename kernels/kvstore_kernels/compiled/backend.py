@@ -5,7 +5,6 @@ from kvstore_kernels.compiled.attend import attend
 from kvstore_kernels.compiled.decode import decode
 from kvstore_kernels.compiled.encode import encode
 from kvstore_kernels.compiled.score import score
-from kvstore_kernels.compiled.variance import score_variance
 
 
 class CompiledBackend(ReferenceBackend):
@@ -13,6 +12,5 @@ class CompiledBackend(ReferenceBackend):
 
     encode = staticmethod(encode)
     score = staticmethod(score)
-    attend = staticmethod(attend)
-    decode = staticmethod(decode)
-    score_variance = staticmethod(score_variance)
+    _attend = staticmethod(attend)
+    _decode = staticmethod(decode)

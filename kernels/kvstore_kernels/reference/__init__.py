@@ -4,7 +4,7 @@ from kvstore_kernels.reference.attend import attend
 from kvstore_kernels.reference.decode import decode
 from kvstore_kernels.reference.encode import encode
 from kvstore_kernels.reference.expand import expand
-from kvstore_kernels.reference.score import score, score_variance
+from kvstore_kernels.reference.score import score
 from kvstore_kernels.reference.topk import topk
 
-__all__ = ["attend", "decode", "encode", "expand", "score", "score_variance", "topk"]
+__all__ = ["attend", "decode", "encode", "expand", "score", "topk"]

@@ -25,19 +25,6 @@ def logits(q: Tensor, keys: Rows, *, sm_scale: float, logit_soft_cap: float = 0.
     return logit_soft_cap * torch.tanh(out / logit_soft_cap) if logit_soft_cap else out
 
 
-def score_variance(q: Tensor, expansion: Expansion, scales: Tensor) -> Tensor:
-    """float32 [T, Hq]: the mean over stored tokens of sum_g alpha_g^2 N_g(q); 0 for no tokens.
-
-    `scales` [N, layout.scales] as stored. The variance of a logit is this times sm_scale^2.
-    """
-    group = query_group(q, expansion.layout.heads, expansion.layout.head_dim)
-    out = []
-    for head, queries in enumerate(expand(q, expansion)):
-        squares = alphas(expansion, scales, head).double().square().sum(0) / max(len(scales), 1)
-        out.append((queries.noise[:, : len(squares)].double() @ squares).float().unflatten(0, (-1, group)))
-    return torch.cat(out, 1)
-
-
 def alphas(expansion: Expansion, scales: Tensor, head: int) -> Tensor:
     """float32 [N, G]; no columns where the head stores no words."""
     start, end = expansion.layout.scale_starts[head : head + 2]

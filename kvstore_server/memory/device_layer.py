@@ -1,0 +1,188 @@
+"""One layer of one session on the device: exact rows in one run of the slab, sketches in pages of 256 positions."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvstore_codecs.plan import SignPlan
+from kvstore_codecs.spec import KINDS, Kind
+from kvstore_kernels import DenseRows, Rows, SignRows
+from kvstore_kernels.cuda.pages import PAGE_TOKENS, PAGE_UNIT, Pages, SignPages, page_bytes
+from kvstore_kernels.paging import Paging
+from kvstore_server.memory.resident import Block, ResidentSession
+from kvstore_server.memory.slab import Slab
+
+
+@dataclass(frozen=True)
+class Arena:
+    """Device bytes with the account of who uses them."""
+
+    paging: Paging
+    bytes: Tensor
+    """uint8 on the device; offsets of `slab` count from its start."""
+    slab: Slab
+
+
+@dataclass
+class KindOnDevice:
+    """Rows [0, row_count) in a run; sketches of positions up to `packed` in pages; the first `skipped` pages are none.
+
+    Page i of a session holds positions [256 i, 256 (i + 1)) whatever is exact, so that forks can share it.
+    """
+
+    run: int | None = None
+    run_bytes: int = 0
+    row_count: int = 0
+    skipped: int = 0
+    pages: list[int] = field(default_factory=list)
+    packed: int = 0
+    table: Tensor | None = None
+    table_pages: int = 0
+
+
+class DeviceLayer:
+    """Takes what it lacks from the session's host rows, which it does not keep alive. Nothing here waits."""
+
+    def __init__(self, arena: Arena, layer: int) -> None:
+        self._arena, self._layer = arena, layer
+        self._kinds: dict[Kind, KindOnDevice] = {kind: KindOnDevice() for kind in KINDS}
+
+    def size_bytes(self, resident: ResidentSession, end: int) -> int:
+        """Of positions [0, end) on the device."""
+        total = 0
+        for kind in KINDS:
+            plan, border = resident.plan_of(self._layer, kind), _border(resident, end)
+            total += _row_bytes(resident) * (border if isinstance(plan, SignPlan) else end)
+            if isinstance(plan, SignPlan) and self._paged(resident, kind):
+                total += page_bytes(plan.layout) * (-(-end // PAGE_TOKENS) - border // PAGE_TOKENS)
+        return total
+
+    def reserve(self, resident: ResidentSession, end: int) -> None:
+        """Takes room for positions [0, end); SlabFull leaves what it has taken so far to `release`."""
+        for kind, own in self._kinds.items():
+            plan = resident.plan_of(self._layer, kind)
+            border = _border(resident, end)
+            self._reserve_rows(resident, own, border if isinstance(plan, SignPlan) else end)
+            if isinstance(plan, SignPlan) and self._paged(resident, kind) and border < end and plan.layout.words:
+                own.skipped = border // PAGE_TOKENS
+                wanted = -(-end // PAGE_TOKENS) - own.skipped - len(own.pages)
+                if wanted > 0:
+                    own.pages += self._arena.slab.take_pages(page_bytes(plan.layout), wanted)
+
+    def load(self, resident: ResidentSession, end: int) -> int:
+        """Brings positions [0, end), for which there is room, to the device; how many bytes that took."""
+        loaded = 0
+        for kind, own in self._kinds.items():
+            plan = resident.plan_of(self._layer, kind)
+            border = _border(resident, end)
+            loaded += self._load_rows(resident, own, kind, border if isinstance(plan, SignPlan) else end)
+            if isinstance(plan, SignPlan) and self._paged(resident, kind) and border < end and own.packed < end:
+                loaded += self._pack(resident, own, kind, plan, max(border, own.packed), end)
+        return loaded
+
+    def share(self, parent: "DeviceLayer", end: int) -> int:
+        """Takes over the parent's full pages below `end`, which both only read from now on; how many."""
+        taken = 0
+        for kind, own in self._kinds.items():
+            theirs = parent._kinds[kind]
+            full = min(end, theirs.packed) // PAGE_TOKENS - theirs.skipped
+            if full > 0 and not own.pages:
+                own.skipped, own.pages = theirs.skipped, theirs.pages[:full]
+                own.packed = (theirs.skipped + full) * PAGE_TOKENS
+                self._arena.slab.share(own.pages)
+                taken += full
+        return taken
+
+    def release(self) -> None:
+        for kind, own in self._kinds.items():
+            self._arena.slab.release(own.pages)
+            if own.run is not None:
+                self._arena.slab.release_run(own.run)
+            self._kinds[kind] = KindOnDevice()
+
+    def blocks(self, resident: ResidentSession, start: int, end: int, levels: dict[Kind, int]) -> list[Block]:
+        """Positions [start, end), all loaded: exact ones first, then sketched ones."""
+        border = min(max(_border(resident, end), start), end)
+        parts = [(start, border, True), (border, end, False)]
+        return [
+            Block(first, last, *(self._rows(resident, kind, first, last, exact, levels[kind]) for kind in KINDS))
+            for first, last, exact in parts
+            if first < last
+        ]
+
+    def _paged(self, resident: ResidentSession, kind: Kind) -> bool:
+        """Values beside keys that are no sketches are decoded, for which they must come as rows."""
+        return kind == "keys" or isinstance(resident.plan_of(self._layer, "keys"), SignPlan)
+
+    def _rows(
+        self, resident: ResidentSession, kind: Kind, first: int, last: int, exact: bool, level: int
+    ) -> Rows | SignPages:
+        own, plan = self._kinds[kind], resident.plan_of(self._layer, kind)
+        if exact or not isinstance(plan, SignPlan):
+            return DenseRows(self._dense(resident, own)[first:last])
+        level = min(level, len(plan.levels) - 1)
+        if not self._paged(resident, kind):
+            return SignRows(resident.signs(self._layer, kind, first, last), plan.levels[level])
+        assert own.table is not None
+        return SignPages(Pages(self._arena.bytes, own.table, first, last), plan.levels[level])
+
+    def _dense(self, resident: ResidentSession, own: KindOnDevice) -> Tensor:
+        """[capacity, H, D] of the run."""
+        shape, dtype = resident.shape, resident.dtype
+        if own.run is None:
+            return torch.empty(0, shape.kv_heads, shape.head_dim, dtype=dtype, device=self._arena.bytes.device)
+        held = self._arena.bytes[own.run : own.run + own.run_bytes].view(dtype)
+        width = shape.kv_heads * shape.head_dim
+        return held[: len(held) // width * width].view(-1, shape.kv_heads, shape.head_dim)
+
+    def _reserve_rows(self, resident: ResidentSession, own: KindOnDevice, count: int) -> None:
+        needed = count * _row_bytes(resident)
+        if needed <= own.run_bytes:
+            return
+        slab, before, old = self._arena.slab, self._dense(resident, own)[: own.row_count], own.run
+        # Half as much again when it grows: rows of a raw session come one append at a time.
+        own.run, own.run_bytes = slab.take_run(max(needed, own.run_bytes * 3 // 2))
+        if old is not None:
+            self._dense(resident, own)[: own.row_count] = before
+            slab.release_run(old)
+
+    def _load_rows(self, resident: ResidentSession, own: KindOnDevice, kind: Kind, count: int) -> int:
+        if count <= own.row_count:
+            return 0
+        rows = resident.exact_rows(self._layer, kind, own.row_count, count)
+        self._dense(resident, own)[own.row_count : count].copy_(rows, non_blocking=True)
+        own.row_count = count
+        return rows.nbytes
+
+    def _pack(
+        self, resident: ResidentSession, own: KindOnDevice, kind: Kind, plan: SignPlan, first: int, end: int
+    ) -> int:
+        own.packed = end
+        table = own.table = self._extended_table(own, end)
+        if not plan.layout.words:
+            return 0
+        signs = resident.signs(self._layer, kind, first, end)
+        begun = first % PAGE_TOKENS and first > _border(resident, end)
+        pages = Pages(self._arena.bytes, table, first, end)
+        self._arena.paging.pack(signs, plan.layout, pages, values=kind == "values", keep=bool(begun))
+        return signs.words.nbytes + signs.scales.nbytes
+
+    def _extended_table(self, own: KindOnDevice, end: int) -> Tensor:
+        """Where each page lies, in units of 512 bytes; entries of pages that hold nothing are never used."""
+        if own.table is not None and len(own.table) * PAGE_TOKENS >= end and own.table_pages == len(own.pages):
+            return own.table
+        units = [0] * own.skipped + [offset // PAGE_UNIT for offset in own.pages]
+        units += [0] * (-(-end // PAGE_TOKENS) - len(units))
+        own.table_pages = len(own.pages)
+        return self._arena.paging.upload(torch.tensor(units, dtype=torch.int32))
+
+
+def _row_bytes(resident: ResidentSession) -> int:
+    """Of one exact position of one kind."""
+    return resident.shape.kv_heads * resident.shape.head_dim * resident.dtype.itemsize
+
+
+def _border(resident: ResidentSession, end: int) -> int:
+    """Where exact positions of [0, end) stop."""
+    return end if resident.exact_end is None else min(resident.exact_end, end)
