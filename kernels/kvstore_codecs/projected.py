@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvstore_codecs.plan import ProjectedPlan
 from kvstore_codecs.transform import Basis, inverse_of
-from kvstore_kernels.backend import Backend, State
+from kvstore_kernels.backend import Backend, State, Stored
 from kvstore_kernels.merge import merge_states
 from kvstore_kernels.types import DenseRows, NonFiniteError, Rows, ScaleRangeError, Signs
 
@@ -72,7 +72,7 @@ def decode(backend: Backend, rows: StoredRows) -> Tensor:
     return torch.stack(parts, 1).float() + rows.plan.mean
 
 
-def score(backend: Backend, q: Tensor, keys: StoredRows, *, sm_scale: float, logit_soft_cap: float = 0.0) -> Tensor:
+def score(backend: Backend, q: Tensor, keys: Stored, *, sm_scale: float, logit_soft_cap: float = 0.0) -> Tensor:
     """Backend.score of anything stored."""
     q, dense, shift = _seen_by(backend, q, keys, sm_scale, logit_soft_cap)
     scores = backend.score(q, dense, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap)
@@ -82,8 +82,8 @@ def score(backend: Backend, q: Tensor, keys: StoredRows, *, sm_scale: float, log
 def attend(
     backend: Backend,
     q: Tensor,
-    keys: StoredRows,
-    values: StoredRows,
+    keys: Stored,
+    values: Stored,
     *,
     sm_scale: float,
     logit_soft_cap: float = 0.0,
@@ -91,12 +91,13 @@ def attend(
     beside: State | None = None,
 ) -> State:
     """Backend.attend of anything stored, over at least one token."""
-    settings = {"sm_scale": sm_scale, "logit_soft_cap": logit_soft_cap, "debias": debias}
     if not isinstance(keys, ProjectedRows) and not isinstance(values, ProjectedRows):
-        return backend.attend(q, keys, values, **settings, beside=beside)
+        return backend.attend(
+            q, keys, values, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap, debias=debias, beside=beside
+        )
     q, dense, shift = _seen_by(backend, q, keys, sm_scale, logit_soft_cap)
     stored = values.padded() if isinstance(values, ProjectedRows) else values
-    out, lse = backend.attend(q, dense, stored, **settings)
+    out, lse = backend.attend(q, dense, stored, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap, debias=debias)
     if isinstance(values, ProjectedRows):
         group = out.shape[1] // len(values.plan.inverse)
         out = torch.cat(
@@ -113,8 +114,8 @@ def attend(
 
 
 def _seen_by(
-    backend: Backend, q: Tensor, keys: StoredRows, sm_scale: float, logit_soft_cap: float
-) -> tuple[Tensor, Rows, Tensor | None]:
+    backend: Backend, q: Tensor, keys: Stored, sm_scale: float, logit_soft_cap: float
+) -> tuple[Tensor, Stored, Tensor | None]:
     """q, rows and what their logits lack [T, Hq]. A soft cap is no sum: vectors are rebuilt for it."""
     if not isinstance(keys, ProjectedRows):
         return q, keys, None
