@@ -1,9 +1,10 @@
 """The asynchronous client: sessions by name, and the server itself."""
 
-from collections.abc import AsyncIterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 from kvstore_client.failover import open_transport
+from kvstore_client.fetching import fetch_projection
 from kvstore_client.info import (
     PrefixMatch,
     ProjectionInfo,
@@ -18,7 +19,6 @@ from kvstore_client.retry import DEFAULT_RETRY, Retry
 from kvstore_client.rpcs import (
     CREATE_SESSION,
     DELETE_SESSION,
-    GET_PROJECTION,
     GET_SERVER_INFO,
     GET_SESSION,
     LIST_PROJECTIONS,
@@ -135,12 +135,7 @@ class AsyncKVStoreClient:
         return (await self._link.upload(PUT_PROJECTION, requests, timeout=timeout)).sha256
 
     async def get_projection(self, sha256: str, *, timeout: float = TIMEOUT_SECONDS) -> bytes:
-        async def collect(replies: AsyncIterable[pb.GetProjectionResponse]) -> bytes:
-            return b"".join([reply.data async for reply in replies])
-
-        return await self._link.download(
-            GET_PROJECTION, pb.GetProjectionRequest(sha256=sha256), collect, timeout=timeout
-        )
+        return await fetch_projection(self._link, sha256, timeout)
 
     async def list_projections(self, *, limit: int = 1000, timeout: float = TIMEOUT_SECONDS) -> list[ProjectionInfo]:
         """At most `limit` of them; `timeout` is for each page."""

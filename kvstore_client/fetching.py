@@ -11,11 +11,12 @@ from kvstore_client.answers import FINEST, Precision, Sketches
 from kvstore_client.errors import Internal, invalid
 from kvstore_client.info import SessionInfo
 from kvstore_client.link import Link
-from kvstore_client.rpcs import FETCH
+from kvstore_client.rpcs import FETCH, GET_PROJECTION
 from kvstore_client.tensors import TO_PROTO, from_proto
 from kvstore_codecs.plan import Fit
 from kvstore_codecs.sketch import KindRows
 from kvstore_codecs.spec import KINDS, Kind
+from kvstore_codecs.transform import Basis
 from kvstore_kernels.types import Signs, as_torch_dtype
 from kvstore_proto.v1 import kvstore_pb2 as pb
 
@@ -56,7 +57,16 @@ async def fetch_sketches(
     parts: dict[tuple[int, Kind], KindRows] = {
         (layer, kind): found.sketch(layer, kind, start, end, info) for layer in layers for kind in KINDS
     }
-    return Sketches(start, end, header.session.exact_end, _fit_of(header), parts)
+    return Sketches(start, end, header.session.exact_end, _fit_of(found), parts)
+
+
+async def fetch_projection(link: Link, sha256: str, timeout: float) -> bytes:
+    """The file of a projection."""
+
+    async def collect(replies: AsyncIterable[pb.GetProjectionResponse]) -> bytes:
+        return b"".join([reply.data async for reply in replies])
+
+    return await link.download(GET_PROJECTION, pb.GetProjectionRequest(sha256=sha256), collect, timeout=timeout)
 
 
 def _request(info: SessionInfo, layers: Sequence[int], start: int, end: int) -> pb.FetchRequest:
@@ -65,7 +75,8 @@ def _request(info: SessionInfo, layers: Sequence[int], start: int, end: int) -> 
     )
 
 
-def _fit_of(header: pb.FetchHeader) -> Fit | None:
+def _fit_of(found: "_Found") -> Fit | None:
+    header = found.header
     if not header.HasField("mean_keys"):
         return None
     return Fit(
@@ -73,6 +84,8 @@ def _fit_of(header: pb.FetchHeader) -> Fit | None:
         mean_values=from_proto(header.mean_values, dtype=torch.float32),
         token_start=header.fit_token_start,
         token_end=header.fit_token_end,
+        basis_keys=found.basis("keys"),
+        basis_values=found.basis("values"),
     )
 
 
@@ -104,6 +117,15 @@ class _Found:
         if exact + sketched != end - start or (signs is not None and signs.scales.shape[0] != sketched):
             raise Internal(f"layer {layer} {kind}: {exact} rows and {sketched} sketches came for {end - start} tokens")
         return KindRows(rows, signs)
+
+    def basis(self, kind: Kind) -> Basis | None:
+        """The bases that came, in order of their layers."""
+        layers = sorted(layer for layer, of_kind, part in self.parts if of_kind == kind and part == pb.PART_BASIS)
+        parts = [[self.joined(layer, kind, part, 0) for layer in layers] for part in (pb.PART_BASIS, pb.PART_WEIGHTS)]
+        matrix, weights = ([tensor for tensor in each if tensor is not None] for each in parts)
+        if not len(matrix) == len(weights) == len(layers):
+            raise Internal(f"{kind}: bases came without weights")
+        return Basis(torch.stack(matrix), torch.stack(weights)) if layers else None
 
     def joined(self, layer: int, kind: Kind, part: int, start: int) -> Tensor | None:
         """One part's tensors end to end; None if none came. Internal if they do not follow each other from `start`."""

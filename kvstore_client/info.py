@@ -41,6 +41,8 @@ class SessionInfo:
     forked_at: int | None
     affinity: str
     """What this session's calls carry in `x-kv-affinity`."""
+    max_position: int | None = None
+    """Positions beyond were not calibrated by the projections of the codec; None if it names none."""
 
     @cached_property
     def codec(self) -> CodecSpec:
@@ -143,6 +145,7 @@ def session_from(message: pb.Session) -> SessionInfo:
         forked_from=message.forked_from if message.HasField("forked_from") else None,
         forked_at=message.forked_at if message.HasField("forked_at") else None,
         affinity=message.affinity,
+        max_position=message.max_position if message.HasField("max_position") else None,
     )
 
 

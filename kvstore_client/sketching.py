@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from kvstore_client.errors import InvalidArgument, invalid
-from kvstore_client.fetching import fetch_sketches
+from kvstore_client.fetching import fetch_projection, fetch_sketches
 from kvstore_client.frames import Block, part_frames
 from kvstore_client.info import SessionInfo
 from kvstore_client.link import Link
 from kvstore_client.wire import Frame
+from kvstore_codecs.artifact import read_projection
 from kvstore_codecs.plan import CodecPlan
 from kvstore_codecs.resolve import plan_for
 from kvstore_codecs.sketch import KindRows, encode_kind
@@ -55,7 +56,9 @@ async def sketcher_for(link: Link, info: SessionInfo, timeout: float) -> Sketche
     fit = None
     if info.codec.needs_fit:
         fit = (await fetch_sketches(link, info, layers=(), start=0, end=0, timeout=timeout)).fit
-    plan = await asyncio.to_thread(plan_for, info.codec, info.shape, fit)
+    files = [(sha256, await fetch_projection(link, sha256, timeout)) for sha256 in info.codec.projections]
+    projections = tuple([await asyncio.to_thread(read_projection, data, sha256) for sha256, data in files])
+    plan = await asyncio.to_thread(plan_for, info.codec, info.shape, fit, projections)
     if plan.fingerprint != info.fit_fingerprint:
         LOG.warning("session %s: this machine's codec differs from the server's; appends go unencoded", info.name)
         return None

@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,10 +18,17 @@ if TYPE_CHECKING:
 
 TargetOption = Annotated[str, typer.Option(help="host:port of a server", envvar="KVSTORE_TARGET")]
 TARGET = "127.0.0.1:7700"
+ModelOption = Annotated[str, typer.Option(help="smollm2 (the demo's), or a transformers model's folder")]
+TextOption = Annotated[Path, typer.Option(help="A text file", exists=True, dir_okay=False)]
+LengthOption = Annotated[int, typer.Option(min=64, help="Tokens of one sequence")]
+CountOption = Annotated[int, typer.Option(min=1, help="Sequences")]
+SkipOption = Annotated[int, typer.Option(min=0, help="Tokens of the text before the first sequence")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A remote compressed-KV store that can be queried.")
 sessions = typer.Typer(no_args_is_help=True, help="Sessions of a running server.")
 app.add_typer(sessions, name="sessions")
+projections = typer.Typer(no_args_is_help=True, help="Fitted bases for one model (extra `train`).")
+app.add_typer(projections, name="projections")
 bench = typer.Typer(no_args_is_help=True, help="Measurements, each with a peer or ceiling in the same run.")
 app.add_typer(bench, name="bench")
 
@@ -35,6 +44,18 @@ def main() -> None:
             raise
         Console(stderr=True).print(f"[red]{error.code}[/]: {error}", highlight=False)
         sys.exit(1)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What is wrong with an argument, or is not installed, without a traceback."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        text = f"{error.name} is not installed: pip install 'remote-kv-store[train]'"
+        raise typer.BadParameter(text) from None
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @app.command()
@@ -247,6 +268,84 @@ def _report(name: str, device: str, measurements: "list[Measurement]", json: Pat
         write_json(json, device, measurements)
     if png is not None:
         write_chart(png, title, measurements)
+
+
+@bench.command("quality")
+def bench_quality(
+    text: TextOption,
+    row: Annotated[list[str] | None, typer.Option(help="Such as keys:matryoshka:2, repeatable")] = None,
+    projection: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="For fitted codecs")] = None,
+    model: ModelOption = "smollm2",
+    length: LengthOption = 1024,
+    count: CountOption = 4,
+    skip: SkipOption = 0,
+    from_token: Annotated[int, typer.Option(min=0, help="Measure from this token of each sequence on")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write the table as JSON too")] = None,
+) -> None:
+    """What codecs cost a model: perplexity, KL and agreement of the next token, beside the exact model."""
+    with _explained():
+        from kvstore_client.projections.commands import quality
+        from kvstore_client.projections.rows import DEFAULT
+
+        quality(
+            model,
+            text,
+            row or DEFAULT,
+            projection=projection,
+            length=length,
+            count=count,
+            skip=skip,
+            from_token=from_token,
+            json_file=json,
+        )
+
+
+@projections.command("fit")
+def fit_projection(
+    text: TextOption,
+    out: Annotated[Path, typer.Option(help="The file to write")],
+    model: ModelOption = "smollm2",
+    metric: Annotated[str, typer.Option(help="output, query or none")] = "output",
+    length: LengthOption = 1024,
+    count: CountOption = 8,
+    skip: SkipOption = 0,
+    max_position: Annotated[int | None, typer.Option(help="Positions it is for, at most --length")] = None,
+) -> None:
+    """Fit bases to a model's keys and values over a text, in closed form."""
+    if metric not in ("output", "query", "none"):
+        raise typer.BadParameter(f"{metric} is not output, query or none")
+    with _explained():
+        from kvstore_client.projections.commands import fit
+
+        fit(model, text, out, metric=metric, length=length, count=count, skip=skip, max_position=max_position)
+
+
+@projections.command()
+def push(file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)], target: TargetOption = TARGET) -> None:
+    """Store a projection on a server; prints its sha256."""
+    from kvstore_client import KVStoreClient
+
+    with KVStoreClient(target) as client:
+        print(client.put_projection(file.read_bytes()))
+
+
+@projections.command("list")
+def list_projections(target: TargetOption = TARGET) -> None:
+    """The projections that a server keeps."""
+    from kvstore_client import KVStoreClient
+
+    with KVStoreClient(target) as client:
+        for each in client.list_projections():
+            print(f"{each.sha256} {each.size_bytes:>13,} bytes  {each.model_fingerprint}")
+
+
+@projections.command("show")
+def show_projection(file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)]) -> None:
+    """What a projection file is."""
+    from kvstore_client.projections.show import show
+
+    with _explained():
+        show(file)
 
 
 @sessions.command("list")

@@ -39,6 +39,10 @@ class Limits(BaseModel):
 
     session_tokens_max: Count = 1 << 22
     """Length of a session."""
+    projection_bytes_max: Count = 512 * MIB
+    """One projection."""
+    projections_inflight_max: Count = 4
+    """PutProjection and GetProjection calls at one time: each holds a whole file."""
     codec_json_bytes_max: Count = 64 << 10
     """The codec of one CreateSession."""
     list_page_max: Count = 1_000

@@ -42,6 +42,7 @@ def print_session(info: SessionInfo) -> None:
         f"head_dim {shape.head_dim}, {shape.dtype}",
         "codec": info.codec_json,
         "fitted": "yes" if info.fitted else "not yet: all tokens are exact",
+        "calibrated": "-" if info.max_position is None else f"below position {info.max_position:,}",
         "stored": f"{_bytes(info.stored_bytes)}, {_share(info)} of {_bytes(info.raw_bytes)}",
         "forked": "-" if info.forked_from is None else f"from {info.forked_from} at {info.forked_at:,}",
         "expires": "never" if info.ttl_seconds is None else f"after {info.ttl_seconds:g} s unused",

@@ -32,9 +32,14 @@ def describe(plan: CodecPlan) -> dict[str, Bits]:
     for kind in KINDS:
         code = scales = 0.0
         for kind_plan in (plan.of(layer, kind) for layer in range(plan.shape.layers)):
-            signs = isinstance(kind_plan, SignPlan)
-            code += WORD_ROWS * kind_plan.layout.words if signs else dense
-            scales += 16 * kind_plan.layout.scales if signs else 0
+            widths = kind_plan.widths
+            if widths is None:
+                code += dense
+            elif isinstance(kind_plan, SignPlan):
+                code += WORD_ROWS * widths.words
+                scales += 16 * widths.scales
+            else:
+                code += 16 * widths.scales
         found[kind] = Bits(code / numbers, scales / numbers)
     keys, values = found["keys"], found["values"]
     return {**found, "both": Bits((keys.code + values.code) / 2, (keys.scales + values.scales) / 2)}

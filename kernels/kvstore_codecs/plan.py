@@ -1,17 +1,21 @@
 """A codec made concrete for one model shape and one fit: what each layer and kind stores, how it is made and read."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvstore_codecs.spec import DTYPE_BYTES, CodecSpec, Kind, ModelShape
+from kvstore_codecs.spec import DTYPE_BYTES, KINDS, CodecSpec, Kind, ModelShape
+from kvstore_codecs.transform import Basis
 from kvstore_kernels.types import Encoder, Expansion, SignLayout
 
 FIT_TOKENS_MAX = 4096
+DEBIAS = 0.5
+"""Of codecs whose bits do not follow what a score's error costs: half is best, measured."""
 
 
 class NotFittedError(ValueError):
@@ -23,12 +27,17 @@ class NotFittedError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """Statistics of a session: means of its own tokens [token_start, token_end), float32 [layers, H, D] each."""
+    """Statistics of a session's own tokens [token_start, token_end): means, float32 [layers, H, D] each, and bases.
+
+    A basis holds the layers whose codec has a session basis, in order; None where there is no such layer.
+    """
 
     mean_keys: Tensor
     mean_values: Tensor
     token_start: int
     token_end: int
+    basis_keys: Basis | None = None
+    basis_values: Basis | None = None
 
     @classmethod
     def from_rows(cls, keys: Tensor, values: Tensor, token_start: int) -> "Fit":
@@ -46,11 +55,42 @@ class Fit:
             raise ValueError("the rows of a fit hold NaN or Inf")
         return cls(means[0], means[1], token_start, token_start + used)
 
+    @classmethod
+    def of_layers(cls, fits: "Sequence[Fit]") -> "Fit":
+        """The fit whose layers these are, in order, all of the same tokens."""
+        tensors: dict[str, Tensor] = {}
+        for name in dict.fromkeys(name for fit in fits for name in fit.tensors):
+            tensors[name] = torch.cat([fit.tensors[name] for fit in fits if name in fit.tensors])
+        return cls.from_tensors(tensors, fits[0].token_start, fits[0].token_end)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], token_start: int, token_end: int) -> "Fit":
+        """The fit whose `tensors` these are."""
+        bases = [
+            Basis(tensors[f"basis_{kind}"], tensors[f"weights_{kind}"]) if f"basis_{kind}" in tensors else None
+            for kind in KINDS
+        ]
+        return cls(tensors["mean_keys"], tensors["mean_values"], token_start, token_end, *bases)
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the position range, the shape and the bytes."""
+        tensors = self.tensors
         text = f"{self.token_start} {self.token_end} {[*self.mean_keys.shape]}"
-        return digest_of(text, (self.mean_keys, self.mean_values))
+        text += "".join(f" {name} {[*tensors[name].shape]}" for name in list(tensors)[2:])
+        return digest_of(text, tensors.values())
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, means first, in the order in which they are stored."""
+        found = {f"mean_{kind}": self.of(kind) for kind in KINDS}
+        for kind in KINDS:
+            if (basis := self.basis_of(kind)) is not None:
+                found |= {f"basis_{kind}": basis.matrix, f"weights_{kind}": basis.weights}
+        return found
+
+    def basis_of(self, kind: Kind) -> Basis | None:
+        return self.basis_keys if kind == "keys" else self.basis_values
 
     def of(self, kind: Kind) -> Tensor:
         return self.mean_keys if kind == "keys" else self.mean_values
@@ -62,21 +102,59 @@ class Fit:
         return hash(self.fingerprint)
 
 
+class Widths(NamedTuple):
+    """What one token of a layer and kind that is not kept as it is takes: uint32 words and fp16 scales."""
+
+    words: int
+    scales: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 4 * self.words + 2 * self.scales
+
+
 @dataclass(frozen=True)
 class SignPlan:
-    """One layer and kind kept as signs. `levels[0]` is the finest; level i of a query is `levels[i]`."""
+    """One layer and kind kept as signs. `levels[0]` is the finest; level i of a query is `levels[i]`.
+
+    `debias` is the share of half each key's score variance that attention subtracts, unless the query says otherwise.
+    """
 
     layout: SignLayout
     encoder: Encoder
     levels: tuple[Expansion, ...]
+    debias: float = 0.0
+
+    @property
+    def widths(self) -> Widths:
+        return Widths(self.layout.words, self.layout.scales)
+
+
+@dataclass(frozen=True)
+class ProjectedPlan:
+    """One layer and kind kept as leading coordinates in a basis, fp16, head by head, where signs have their scales.
+
+    Head h keeps z = forward[h] (x - mean[h]), r_h of D coordinates, and is read as mean[h] + z inverse[h]; both are
+    [r_h, D] float32, `mean` is [H, D].
+    """
+
+    forward: tuple[Tensor, ...]
+    inverse: tuple[Tensor, ...]
+    mean: Tensor
+
+    @property
+    def widths(self) -> Widths:
+        return Widths(0, sum(len(rows) for rows in self.forward))
 
 
 @dataclass(frozen=True)
 class DensePlan:
     """One layer and kind kept in the session's dtype."""
 
+    widths: None = None
 
-KindPlan = SignPlan | DensePlan
+
+KindPlan = SignPlan | ProjectedPlan | DensePlan
 
 
 @dataclass(frozen=True)
@@ -101,8 +179,8 @@ class CodecPlan:
     def bytes_per_token(self) -> int:
         """Stored bytes of one token that is not exact; an exact one takes `shape.raw_bytes_per_token`."""
         dense = self.shape.kv_heads * self.shape.head_dim * DTYPE_BYTES[self.shape.dtype]
-        plans = (*self.keys, *self.values)
-        return sum(plan.layout.bytes_per_token if isinstance(plan, SignPlan) else dense for plan in plans)
+        widths = [plan.widths for plan in (*self.keys, *self.values)]
+        return sum(dense if each is None else each.bytes_per_token for each in widths)
 
     def of(self, layer: int, kind: Kind) -> KindPlan:
         return (self.keys if kind == "keys" else self.values)[layer]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvstore_codecs.basis import block_orthogonal
-from kvstore_codecs.plan import SignPlan
+from kvstore_codecs.plan import DEBIAS, SignPlan
 from kvstore_codecs.planes import mean_magnitude
 from kvstore_codecs.spec import Qjl
 from kvstore_kernels.types import WORD_ROWS, Expansion, HeadEncoder, SignEncoder, SignLayout
@@ -67,7 +67,7 @@ def qjl_plan(codec: Qjl, d: int, heads: int, seed: str) -> SignPlan:
         noise = torch.cat([*(group.noise(len(group.rows)) for group in outliers), inliers.noise(read)])
         query_bits = 12 if outliers else 8
         levels.append(Expansion(layout, (matrix,) * heads, (noise,) * heads, mean, query_bits))
-    return SignPlan(layout, encoder, tuple(levels))
+    return SignPlan(layout, encoder, tuple(levels), DEBIAS)
 
 
 def level_rows(bits: int, d: int) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """From a codec spec to what each layer does."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,16 +9,31 @@ from functools import lru_cache
 from torch import Tensor
 
 from kvstore_codecs.affine import affine_plan
-from kvstore_codecs.plan import CodecPlan, DensePlan, Fit, KindPlan, NotFittedError, SignPlan, digest_of
+from kvstore_codecs.artifact import Projection
+from kvstore_codecs.fitted import FittedPlans, fitted_plans
+from kvstore_codecs.matryoshka import level_budgets
+from kvstore_codecs.plan import CodecPlan, DensePlan, Fit, KindPlan, NotFittedError, ProjectedPlan, SignPlan, digest_of
 from kvstore_codecs.qjl import level_rows, qjl_plan
 from kvstore_codecs.rotated import rotated_plan
-from kvstore_codecs.spec import KINDS, Affine, AnyCodec, CodecSpec, Kind, ModelShape, Qjl, Raw, Rotated
+from kvstore_codecs.spec import (
+    KINDS,
+    Affine,
+    AnyCodec,
+    CodecSpec,
+    Fitted,
+    Kind,
+    Matryoshka,
+    ModelShape,
+    Projected,
+    Qjl,
+    Raw,
+    Rotated,
+)
 from kvstore_kernels.types import SignEncoder
 
 _PLANS_MAX = 64
 _BASES_MAX = 256
 _BASIS_BYTES_MAX = 2**30
-_DEBIAS = {"raw": 0.0, "qjl": 0.5, "rotated": 0.5, "affine": 0.0}
 
 
 def check_spec(spec: CodecSpec, shape: ModelShape) -> None:
@@ -37,17 +53,27 @@ def check_spec(spec: CodecSpec, shape: ModelShape) -> None:
 
 
 def basis_bytes(spec: CodecSpec, shape: ModelShape) -> int:
-    """Memory of a plan's matrices, without making them: a projection and an E for every level, shared by the heads."""
+    """Memory of a plan's matrices, without making them: a projection and an E for every level.
+
+    Heads share those that come from a seed; each has a fitted one of its own.
+    """
     codecs = Counter(codec for kind in KINDS for codec in spec.of_layers(kind, shape.layers))
-    return sum(count * 4 * shape.head_dim * _matrix_rows(codec, shape.head_dim) for codec, count in codecs.items())
+    rows = sum(
+        count * _matrix_rows(codec, shape.head_dim) * (shape.kv_heads if isinstance(codec, Fitted) else 1)
+        for codec, count in codecs.items()
+    )
+    return 4 * shape.head_dim * rows
 
 
 @lru_cache(maxsize=_PLANS_MAX)
-def plan_for(spec: CodecSpec, shape: ModelShape, fit: Fit | None) -> CodecPlan:
-    """The plan of every layer; `fit` is ignored by a codec that needs none.
+def plan_for(
+    spec: CodecSpec, shape: ModelShape, fit: Fit | None, projections: tuple[Projection, ...] = ()
+) -> CodecPlan:
+    """The plan of every layer; `fit` is ignored by a codec that needs none. `projections` are those the spec names.
 
     Bases are cached apart from the means, so sessions that differ in their fit share them; the first plan of a large
-    Haar codec takes seconds. Raises as `check_spec`, NotFittedError, ValueError if the fit is of another shape.
+    Haar codec takes seconds. Raises as `check_spec`, NotFittedError, ValueError if the fit is of another shape or a
+    projection is missing or for another model.
     """
     check_spec(spec, shape)
     fit = fit if spec.needs_fit else None
@@ -56,27 +82,25 @@ def plan_for(spec: CodecSpec, shape: ModelShape, fit: Fit | None) -> CodecPlan:
     expected = (shape.layers, shape.kv_heads, shape.head_dim)
     if fit is not None and not expected == fit.mean_keys.shape == fit.mean_values.shape:
         raise ValueError(f"the fit's means are {[*fit.mean_keys.shape]}, not {[*expected]}")
-    keys, key_digests = _layer_plans(spec, shape, fit, "keys")
-    values, value_digests = _layer_plans(spec, shape, fit, "values")
+    fitted = fitted_plans(spec, shape, fit, projections)
+    keys, key_digests = _layer_plans(spec, shape, fit, fitted, "keys")
+    values, value_digests = _layer_plans(spec, shape, fit, fitted, "values")
     return CodecPlan(spec, shape, fit, keys, values, digest_of("\n".join(key_digests + value_digests), ()))
 
 
-def default_debias(spec: CodecSpec, layer: int, layers: int) -> float:
-    """The share of half each key's score variance that attention subtracts, unless the query says otherwise.
-
-    One half is best for the data-oblivious codecs (measured); dense and affine keys have next to no such noise.
-    """
-    return _DEBIAS[spec.for_layer(layer, "keys", layers).name]
-
-
 def _layer_plans(
-    spec: CodecSpec, shape: ModelShape, fit: Fit | None, kind: Kind
+    spec: CodecSpec, shape: ModelShape, fit: Fit | None, fitted: FittedPlans, kind: Kind
 ) -> tuple[tuple[KindPlan, ...], list[str]]:
     plans: list[KindPlan] = []
     digests: list[str] = []
     for layer, codec in enumerate(spec.of_layers(kind, shape.layers)):
         if isinstance(codec, Raw):
             plans.append(DensePlan())
+            continue
+        if isinstance(codec, Fitted):
+            own = fitted[layer, kind]
+            plans.append(own)
+            digests.append(_digest(layer, kind, own))
             continue
         plan, digest = _unfitted(codec, shape.head_dim, shape.kv_heads, layer, kind)
         plans.append(plan if fit is None else _with_mean(plan, fit.of(kind)[layer]))
@@ -94,7 +118,14 @@ def _unfitted(codec: Qjl | Rotated | Affine, d: int, heads: int, layer: int, kin
         plan = rotated_plan(codec, d, heads, seed)
     else:
         plan = affine_plan(codec, d, heads)
-    return plan, digest_of(f"{layer} {kind} {plan.layout.word_groups} {_norm_factor(plan)}", _basis_tensors(plan))
+    return plan, _digest(layer, kind, plan)
+
+
+def _digest(layer: int, kind: Kind, plan: SignPlan | ProjectedPlan) -> str:
+    """Of all that encoding depends on but the mean, which the fit or the artifact's name has."""
+    if isinstance(plan, ProjectedPlan):
+        return digest_of(f"{layer} {kind} {[len(rows) for rows in plan.forward]}", plan.forward)
+    return digest_of(f"{layer} {kind} {plan.layout.word_groups} {_norm_factor(plan)}", _basis_tensors(plan))
 
 
 def _matrix_rows(codec: AnyCodec, d: int) -> int:
@@ -104,6 +135,10 @@ def _matrix_rows(codec: AnyCodec, d: int) -> int:
     if isinstance(codec, Qjl):
         outliers, levels = codec.outlier_bits if codec.outlier_channels else 0, level_rows(codec.bits, d)
         return codec.bits + sum(levels) + outliers * (1 + len(levels))
+    if isinstance(codec, Projected):
+        return 2 * math.ceil(codec.share * d)
+    if isinstance(codec, Matryoshka):
+        return d + math.ceil(d * sum(level_budgets(codec.bits)))
     read = d * codec.planes * (codec.planes + 1) // 2
     return read + d if isinstance(codec, Rotated) else read
 
@@ -121,4 +156,4 @@ def _norm_factor(plan: SignPlan) -> tuple[float, ...] | None:
 
 def _with_mean(plan: SignPlan, mean: Tensor) -> SignPlan:
     levels = tuple(replace(level, mean=mean) for level in plan.levels)
-    return SignPlan(plan.layout, replace(plan.encoder, mean=mean), levels)
+    return replace(plan, encoder=replace(plan.encoder, mean=mean), levels=levels)

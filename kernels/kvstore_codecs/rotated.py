@@ -7,7 +7,7 @@ The rotation makes every coordinate of any vector nearly normal, so one scalar q
 import torch
 
 from kvstore_codecs.basis import orthonormal
-from kvstore_codecs.plan import SignPlan
+from kvstore_codecs.plan import DEBIAS, SignPlan
 from kvstore_codecs.planes import level_weights, plane_code
 from kvstore_codecs.spec import Rotated
 from kvstore_kernels.types import WORD_ROWS, Expansion, HeadEncoder, SignEncoder, SignLayout, plane_weights
@@ -36,4 +36,4 @@ def rotated_plan(codec: Rotated, d: int, heads: int, seed: str) -> SignPlan:
         matrix = torch.cat([weight * rotation for weight in weights])
         query_bits = 8 if planes == 1 else 12
         levels.append(Expansion(layout, (matrix,) * heads, (noise,) * heads, mean, query_bits))
-    return SignPlan(layout, encoder, tuple(levels))
+    return SignPlan(layout, encoder, tuple(levels), DEBIAS)

@@ -6,7 +6,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kvstore_codecs.plan import KindPlan, SignPlan
+from kvstore_codecs.plan import KindPlan, ProjectedPlan, SignPlan
+from kvstore_codecs.projected import project
 from kvstore_codecs.spec import ModelShape
 from kvstore_kernels.backend import Backend
 from kvstore_kernels.types import NonFiniteError, ScaleRangeError, Signs, as_torch_dtype
@@ -17,7 +18,7 @@ class KindRows:
     """One layer and kind of an append of n tokens, of which the first `exact` stay as they are.
 
     `rows` [r, H, D] is in the session's dtype, with r = n for a DensePlan, else r = exact. `signs` are the other
-    n - exact tokens for a SignPlan; None for a DensePlan.
+    n - exact tokens (of a ProjectedPlan without words); None for a DensePlan.
     """
 
     rows: Tensor
@@ -29,13 +30,14 @@ def encode_kind(x: Tensor, plan: KindPlan, exact: int, backend: Backend) -> Kind
 
     Raises NonFiniteError or ScaleRangeError with the token counted from the start of x.
     """
-    if not isinstance(plan, SignPlan):
+    if plan.widths is None:
         _check_finite(x)
         return KindRows(x, None)
-    rows = x[:exact]
+    rows, others = x[:exact], x[exact:]
     _check_finite(rows)
     try:
-        return KindRows(rows, backend.encode(x[exact:], plan.encoder))
+        signs = project(others, plan) if isinstance(plan, ProjectedPlan) else backend.encode(others, plan.encoder)
+        return KindRows(rows, signs)
     except (NonFiniteError, ScaleRangeError) as error:
         raise type(error)(error.token + exact, error.head) from None
 
@@ -46,21 +48,20 @@ def check_kind(kind_rows: KindRows, plan: KindPlan, shape: ModelShape, tokens: i
     Every row count is a multiple of 32, so words have no padding bits; every pattern of them is a valid sketch.
     """
     rows, signs = kind_rows.rows, kind_rows.signs
-    kept = exact if isinstance(plan, SignPlan) else tokens
+    kept = tokens if plan.widths is None else exact
     _check_tensor("rows", rows, (kept, shape.kv_heads, shape.head_dim), as_torch_dtype(shape.dtype))
     _check_finite(rows)
-    if not isinstance(plan, SignPlan):
+    if plan.widths is None:
         if signs is not None:
             raise ValueError("signs: this layer and kind are kept as rows")
         return
     if signs is None:
         raise ValueError("signs: this layer and kind are kept as signs")
-    layout = plan.layout
-    _check_tensor("words", signs.words, (tokens - exact, layout.words), torch.int32)
-    _check_tensor("scales", signs.scales, (tokens - exact, layout.scales), torch.float16)
+    _check_tensor("words", signs.words, (tokens - exact, plan.widths.words), torch.int32)
+    _check_tensor("scales", signs.scales, (tokens - exact, plan.widths.scales), torch.float16)
     if not signs.scales.isfinite().all():
         raise ValueError("scales: NaN or Inf")
-    if signs.scales.numel() and (signs.scales[:, _alphas(plan)] < 0).any():
+    if isinstance(plan, SignPlan) and signs.scales.numel() and (signs.scales[:, _alphas(plan)] < 0).any():
         raise ValueError("scales: a negative alpha")
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Kind = Literal["keys", "values"]
 KINDS: tuple[Kind, Kind] = ("keys", "values")
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+BASIS_FIT_TOKENS_MIN = 512
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -90,8 +91,40 @@ class Affine(Frozen, frozen=True):
     planes: Annotated[int, Field(ge=1, le=8)] = 2
 
 
-AnyCodec = Raw | Qjl | Rotated | Affine
+BasisSource = Annotated[str, Field(pattern=r"^(session|(session|projection):[0-9a-f]{64})$")]
+"""`session`: fitted on the session's own first tokens. `projection:<sha256>`: that artifact's. `session:<sha256>`: the
+session's own, in the metric and with the budgets of that artifact."""
+
+
+class Matryoshka(Frozen, frozen=True):
+    """A fitted basis with sign planes where they are worth most, in order of their worth (arXiv 2410.14731).
+
+    `bits` a number on average over all layers, heads and kinds that have this very codec.
+    """
+
+    name: Literal["matryoshka"] = "matryoshka"
+    bits: Annotated[float, Field(gt=0, le=6)] = 2.0
+    basis: BasisSource = "session"
+
+
+class Projected(Frozen, frozen=True):
+    """The first coordinates in a fitted basis, in 16 bit: MatryoshkaKV as published.
+
+    `share` of all coordinates on average over all layers, heads and kinds that have this very codec.
+    """
+
+    name: Literal["projected"] = "projected"
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    basis: BasisSource = "session"
+
+
+AnyCodec = Raw | Qjl | Rotated | Affine | Matryoshka | Projected
+Fitted = Matryoshka | Projected
 KindCodec = Annotated[AnyCodec, Field(discriminator="name")]
+
+
+def _source(codec: AnyCodec) -> str:
+    return codec.basis.partition(":")[0] if isinstance(codec, Fitted) else ""
 
 
 class LayerOverride(Frozen, frozen=True):
@@ -116,6 +149,15 @@ class CodecSpec(Frozen, frozen=True):
     fit_tokens: Annotated[int, Field(ge=1, le=4096)] = 256
     """Non-sink tokens that must be there before means are computed; until then tokens stay exact."""
 
+    @model_validator(mode="after")
+    def _enough_to_fit(self) -> "CodecSpec":
+        if any(_source(codec) == "session" for _, codec in self.codecs()):
+            if self.mean != "session":
+                raise ValueError("mean must be 'session' with a session basis")
+            if self.fit_tokens < BASIS_FIT_TOKENS_MIN:
+                raise ValueError(f"fit_tokens must be at least {BASIS_FIT_TOKENS_MIN} with a session basis")
+        return self
+
     def of_layers(self, kind: Kind, layers: int) -> list[AnyCodec]:
         """The codec of every layer of a model of `layers` layers, which the overrides must be within."""
         chosen = [self.keys if kind == "keys" else self.values] * layers
@@ -137,6 +179,16 @@ class CodecSpec(Frozen, frozen=True):
                 codec = getattr(chosen, kind)
                 if codec is not None:
                     yield path + kind, codec
+
+    def session_layers(self, kind: Kind, layers: int) -> list[int]:
+        """The layers of this kind whose basis the session's fit holds, in its order."""
+        return [layer for layer, codec in enumerate(self.of_layers(kind, layers)) if _source(codec) == "session"]
+
+    @property
+    def projections(self) -> list[str]:
+        """sha256 of every artifact that the codecs name, sorted."""
+        named = {codec.basis.partition(":")[2] for _, codec in self.codecs() if isinstance(codec, Fitted)}
+        return sorted(named - {""})
 
     @property
     def needs_fit(self) -> bool:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvstore_codecs.plan import CodecPlan, DensePlan, KindPlan, SignPlan
+from kvstore_codecs.plan import CodecPlan, DensePlan, KindPlan, ProjectedPlan, SignPlan
+from kvstore_codecs.projected import ProjectedRows, StoredRows
 from kvstore_codecs.sketch import KindRows
 from kvstore_codecs.spec import KINDS, Kind, ModelShape
-from kvstore_kernels import DenseRows, Rows, SignRows, Signs, as_torch_dtype
+from kvstore_kernels import DenseRows, SignRows, Signs, as_torch_dtype
 from kvstore_kernels.cuda.pages import SignPages
 from kvstore_server.memory.growing import Allocate, GrowingRows, pageable
 from kvstore_server.memory.square_sums import SquareSums
@@ -27,8 +28,8 @@ class Block:
 
     start: int
     end: int
-    keys: Rows | SignPages
-    values: Rows | SignPages
+    keys: StoredRows | SignPages
+    values: StoredRows | SignPages
 
 
 class Blocks(list[Block]):
@@ -154,8 +155,10 @@ class ResidentSession:
         assert exact_end is not None
         return self._layers[layer]["keys"].mean_squares(plan, end - exact_end)
 
-    def _compressed(self, layer: int, kind: Kind, start: int, end: int, level: int) -> Rows:
+    def _compressed(self, layer: int, kind: Kind, start: int, end: int, level: int) -> StoredRows:
         plan = self.plan_of(layer, kind)
         if isinstance(plan, SignPlan):
             return SignRows(self.signs(layer, kind, start, end), plan.levels[min(level, len(plan.levels) - 1)])
+        if isinstance(plan, ProjectedPlan):
+            return ProjectedRows(self.signs(layer, kind, start, end).scales, plan)
         return DenseRows(self.exact_rows(layer, kind, start, end))

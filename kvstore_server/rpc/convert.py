@@ -14,7 +14,7 @@ from kvstore_kernels import as_torch_dtype
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_server.errors import InvalidArgument
 from kvstore_server.sessions.assembly import AppendHeader, Encoding, Frame
-from kvstore_server.sessions.model import AttendAnswer, Fidelity, Precision, SessionInfo
+from kvstore_server.sessions.model import AttendAnswer, FetchedPart, Fidelity, Precision, SessionInfo
 from kvstore_server.storage.geometry import Part
 
 T = TypeVar("T")
@@ -47,7 +47,13 @@ DTYPE_NUMBERS: dict[torch.dtype, pb.Dtype.ValueType] = {
 }
 KIND_NUMBERS: dict[Kind, pb.Kind.ValueType] = {"keys": pb.KIND_KEYS, "values": pb.KIND_VALUES}
 KIND_NAMES: dict[int, Kind] = {pb.KIND_KEYS: "keys", pb.KIND_VALUES: "values"}
-PART_NUMBERS: dict[Part, pb.Part.ValueType] = {"rows": pb.PART_ROWS, "words": pb.PART_WORDS, "scales": pb.PART_SCALES}
+PART_NUMBERS: dict[FetchedPart, pb.Part.ValueType] = {
+    "rows": pb.PART_ROWS,
+    "words": pb.PART_WORDS,
+    "scales": pb.PART_SCALES,
+    "basis": pb.PART_BASIS,
+    "weights": pb.PART_WEIGHTS,
+}
 PART_NAMES: dict[int, Part] = {pb.PART_ROWS: "rows", pb.PART_WORDS: "words", pb.PART_SCALES: "scales"}
 ENCODING_NAMES: dict[int, Encoding] = {pb.ENCODING_RAW: "raw", pb.ENCODING_SKETCH: "sketch"}
 LSE_FACTORS: dict[int, float] = {pb.LSE_BASE_UNSPECIFIED: 1.0, pb.LSE_BASE_E: 1.0, pb.LSE_BASE_2: 1.4426950408889634}
@@ -180,6 +186,7 @@ def session_to(info: SessionInfo) -> pb.Session:
         forked_from=info.forked_from,
         forked_at=info.forked_at,
         affinity=info.affinity,
+        max_position=info.max_position,
         fit_fingerprint=info.fit_fingerprint,
     )
 

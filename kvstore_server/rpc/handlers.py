@@ -36,10 +36,13 @@ class Admission:
         self._idle.set()
         self._in_flight: Counter[str] = Counter()
         queries = ("queries_inflight_max", limits.queries_inflight_max)
+        projections = ("projections_inflight_max", limits.projections_inflight_max)
         self._bounds = {
             "Score": queries,
             "TopK": queries,
             "Fetch": queries,
+            "PutProjection": projections,
+            "GetProjection": projections,
             "Attend": ("attend_streams_max", limits.attend_streams_max),
         }
 

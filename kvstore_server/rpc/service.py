@@ -6,18 +6,19 @@ from time import monotonic
 
 import grpc
 
-from kvstore_codecs.spec import Affine, Qjl, Raw, Rotated
+from kvstore_codecs.spec import Affine, Matryoshka, Projected, Qjl, Raw, Rotated
 from kvstore_proto.v1 import kvstore_pb2 as pb
-from kvstore_server.errors import InvalidArgument, Unimplemented
+from kvstore_server.errors import InvalidArgument
 from kvstore_server.rpc import convert
 from kvstore_server.rpc.attend_stream import AttendStream
 from kvstore_server.rpc.fetch_stream import fetch_responses
 from kvstore_server.rpc.handlers import Admission, deadline_seconds
 from kvstore_server.sessions.model import Query
 from kvstore_server.sessions.service import SessionService
+from kvstore_server.storage.segment_header import VERSION
 
 TENANT = "default"
-CODECS = tuple(codec.model_fields["name"].default for codec in (Raw, Qjl, Rotated, Affine))
+CODECS = tuple(codec.model_fields["name"].default for codec in (Raw, Qjl, Rotated, Affine, Matryoshka, Projected))
 
 
 class KVStoreServicer:
@@ -178,18 +179,35 @@ class KVStoreServicer:
     async def PutProjection(
         self, requests: AsyncIterator[pb.PutProjectionRequest], _: grpc.aio.ServicerContext
     ) -> pb.PutProjectionResponse:
-        raise Unimplemented("NOT_HERE", "this server keeps no projections")
+        data, limit = bytearray(), self._limits.projection_bytes_max
+        async for request in requests:
+            if len(data) + len(request.data) > limit:
+                raise InvalidArgument("data", f"a projection has at most {limit} bytes", limit=limit)
+            data += request.data
+        sha256, present = await self._sessions.projecting.put(data)
+        return pb.PutProjectionResponse(sha256=sha256, already_present=present)
 
     async def GetProjection(
         self, request: pb.GetProjectionRequest, _: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GetProjectionResponse]:
-        raise Unimplemented("NOT_HERE", "this server keeps no projections")
-        yield pb.GetProjectionResponse()
+        data, step = await self._sessions.projecting.get(request.sha256), self._limits.frame_bytes_max
+        for start in range(0, len(data), step):
+            yield pb.GetProjectionResponse(data=bytes(data[start : start + step]))
 
     async def ListProjections(
         self, request: pb.ListProjectionsRequest, _: grpc.aio.ServicerContext
     ) -> pb.ListProjectionsResponse:
-        raise Unimplemented("NOT_HERE", "this server keeps no projections")
+        found, token = await self._sessions.projecting.page(request.page_size, request.page_token)
+        projections = [
+            pb.ListProjectionsResponse.Projection(
+                sha256=info.sha256,
+                bytes=info.size,
+                model_fingerprint=info.model_fingerprint,
+                header_json=info.header_json,
+            )
+            for info in found
+        ]
+        return pb.ListProjectionsResponse(projections=projections, next_page_token=token)
 
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, _: grpc.aio.ServicerContext
@@ -223,7 +241,7 @@ def server_info(
         limits=sessions.limits.as_dict(),
         codecs=CODECS,
         default_codec_json=json.dumps(default, sort_keys=True, separators=(",", ":")),
-        format_version=1,
+        format_version=VERSION,
         store=store,
         index=index,
     )

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from time import monotonic
 from typing import TypeVar
 
@@ -21,9 +22,10 @@ from kvstore_server.errors import (
 )
 from kvstore_server.limits import Limits
 from kvstore_server.memory.growing import pageable
+from kvstore_server.memory.resident import ResidentSession
 from kvstore_server.scheduling.engine import Engine
 from kvstore_server.sessions.assembly import AppendAssembly, AppendHeader, Frame
-from kvstore_server.sessions.encoding import accept_sketch, encode_layer, fit_is_due, make_fit
+from kvstore_server.sessions.encoding import accept_sketch, encode_layer, fit_is_due, make_layer_fit
 from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.live import LiveSession
 from kvstore_server.sessions.model import AppendResult
@@ -176,8 +178,9 @@ class OpenAppend:
         plan, exact, fit = live.plan, _exact_tokens(header, live.exact_end), None
         if plan is None and fit_is_due(spec, header.start + header.tokens):
             resident = await appending.registry.fill(live, live.length)
-            fit = await self._on_device(lambda: make_fit(spec, resident, self._assembly, header.start))
-            plan = await self._on_device(lambda: plan_for(spec, shape, fit))
+            parts = [await self._on_device(partial(self._fit_layer, resident, n)) for n in range(shape.layers)]
+            fit = Fit.of_layers(parts)
+            plan = await asyncio.to_thread(plan_for, spec, shape, fit, live.projections)
             exact = _exact_tokens(header, max(spec.sink_tokens, header.start))
         rows: list[LayerRows] = []
         at_once = max(1, ENCODE_BYTES * shape.layers // header.data_bytes)
@@ -185,6 +188,10 @@ class OpenAppend:
             layers = range(first, min(first + at_once, shape.layers))
             rows += await self._on_device(lambda layers=layers: [self._layer(plan, layer, exact) for layer in layers])
         return rows, fit, exact
+
+    def _fit_layer(self, resident: ResidentSession, layer: int) -> Fit:
+        live = self._live
+        return make_layer_fit(live.state.spec, resident, self._assembly, self._header.start, layer, live.projections)
 
     def _layer(self, plan: CodecPlan | None, layer: int, exact: int) -> LayerRows:
         assembly, tokens = self._assembly, self._header.tokens

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvstore_codecs.plan import CodecPlan, SignPlan
+from kvstore_codecs.plan import CodecPlan
 from kvstore_codecs.sketch import KindRows
 from kvstore_codecs.spec import DTYPE_BYTES, KINDS, Kind, ModelShape
 from kvstore_kernels import Signs, as_torch_dtype
@@ -130,9 +130,9 @@ class AppendAssembly:
 
     def sketches(self, layer: int, kind: Kind) -> KindRows:
         """What a client that encodes has sent."""
-        plan = self._require_plan().of(layer, kind)
+        widths = self._require_plan().of(layer, kind).widths
         dtype = as_torch_dtype(self._shape.dtype)
-        if not isinstance(plan, SignPlan):
+        if widths is None:
             return KindRows(self.vectors(layer, kind), None)
         if self._exact:
             rows = self.vectors(layer, kind)
@@ -141,8 +141,9 @@ class AppendAssembly:
         sketched = self.header.tokens - self._exact
         words = torch.empty((sketched, 0), dtype=torch.int32)
         scales = torch.empty((sketched, 0), dtype=torch.float16)
-        if sketched and plan.layout.words:
+        if sketched and widths.words:
             words = self._tensor(layer, kind, "words", torch.int32)[:, 0]
+        if sketched and widths.scales:
             scales = self._tensor(layer, kind, "scales", torch.float16)[:, 0]
         return KindRows(rows, Signs(words, scales))
 
@@ -156,12 +157,15 @@ class AppendAssembly:
         for layer in range(shape.layers):
             for kind in KINDS:
                 plan = None if self._plan is None else self._plan.of(layer, kind)
-                exact = self._exact if isinstance(plan, SignPlan) else tokens
+                widths = None if plan is None else plan.widths
+                exact = tokens if widths is None else self._exact
                 if exact:
                     yield (layer, kind, "rows"), 0, exact, shape.kv_heads, row_bytes
-                if isinstance(plan, SignPlan) and tokens > exact and plan.layout.words:
-                    yield (layer, kind, "words"), exact, tokens - exact, 1, 4 * plan.layout.words
-                    yield (layer, kind, "scales"), exact, tokens - exact, 1, 2 * plan.layout.scales
+                if widths is not None and tokens > exact:
+                    if widths.words:
+                        yield (layer, kind, "words"), exact, tokens - exact, 1, 4 * widths.words
+                    if widths.scales:
+                        yield (layer, kind, "scales"), exact, tokens - exact, 1, 2 * widths.scales
 
     def _require_plan(self) -> CodecPlan:
         assert self._plan is not None

@@ -7,10 +7,10 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from kvstore_codecs.plan import KindPlan, SignPlan
-from kvstore_codecs.resolve import default_debias
-from kvstore_codecs.spec import Kind
-from kvstore_kernels import Backend, DenseRows, SignRows, score_variance
+from kvstore_codecs import projected
+from kvstore_codecs.plan import KindPlan, ProjectedPlan, SignPlan
+from kvstore_codecs.spec import KINDS, Kind
+from kvstore_kernels import Backend, DenseRows, SignRows, merge_states, score_variance
 from kvstore_server.errors import FailedPrecondition
 from kvstore_server.memory.device import DeviceMemory
 from kvstore_server.memory.resident import Block, Blocks, ResidentSession
@@ -31,7 +31,7 @@ class Device:
 
     def blocks(self, prefix: "Prefix", start: int = 0) -> Blocks:
         """Positions [start, prefix.end) as the backend reads them."""
-        if self.memory is None:
+        if self.memory is None or _is_projected(prefix):
             return host_blocks(prefix.resident, prefix.layer, start, prefix.end, prefix.precision)
         return self.memory.blocks(prefix.resident, prefix.layer, start, prefix.end, _levels_of(prefix.precision))
 
@@ -60,6 +60,12 @@ class Item:
     live: LiveSession
 
 
+def _is_projected(prefix: "Prefix") -> bool:
+    """A layer whose coordinates are read from host memory, wherever the ops run."""
+    plans = (prefix.resident.plan_of(prefix.layer, kind) for kind in KINDS)
+    return any(isinstance(plan, ProjectedPlan) for plan in plans)
+
+
 def full_heads(q: Tensor, head_offset: int, query_heads: int) -> Tensor:
     """q [T, heads, D] as [T, query_heads, D], zero where the caller has no heads."""
     if q.shape[1] == query_heads:
@@ -74,12 +80,15 @@ def attend(device: Device, prefix: Prefix, debias: float, items: list[Item]) -> 
     shape = prefix.resident.shape
     q = items[0].q if len(items) == 1 else torch.cat([item.q for item in items])
     blocks = device.blocks(prefix)
-    if blocks:
-        parts = [(block.keys, block.values) for block in blocks]
-        scores: dict[str, float] = {"sm_scale": shape.sm_scale, "logit_soft_cap": shape.logit_soft_cap}
-        state = device.backend.attend_all(q, parts, **scores, debias=debias, kept=blocks.kept)
-    else:
+    scores: dict[str, float] = {"sm_scale": shape.sm_scale, "logit_soft_cap": shape.logit_soft_cap, "debias": debias}
+    if not blocks:
         state = torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf)
+    elif _is_projected(prefix):
+        out, lse = merge_states([projected.attend(device.backend, q, b.keys, b.values, **scores) for b in blocks])
+        state = out.to(q.dtype), lse
+    else:
+        parts = [(block.keys, block.values) for block in blocks]
+        state = device.backend.attend_all(q, parts, **scores, kept=blocks.kept)
     fetch = device.backend.to_host(state)
     worth = _fidelities(prefix, q, [(len(item.q), item.heads) for item in items])
 
@@ -137,7 +146,7 @@ def _best(device: Device, prefix: Prefix, q: Tensor, k: int) -> tuple[Tensor, Te
 
 def _scores(device: Device, prefix: Prefix, block: Block, q: Tensor) -> Tensor:
     shape = prefix.resident.shape
-    return device.backend.score(q, block.keys, sm_scale=shape.sm_scale, logit_soft_cap=shape.logit_soft_cap)
+    return projected.score(device.backend, q, block.keys, sm_scale=shape.sm_scale, logit_soft_cap=shape.logit_soft_cap)
 
 
 def fidelity(prefix: Prefix, q: Tensor, heads: slice) -> Fidelity:
@@ -165,7 +174,7 @@ def _fidelities(prefix: Prefix, q: Tensor, callers: list[tuple[int, slice]]) -> 
         resident.facts["codec", layer] = codec
     codec = resident.facts["codec", layer]
     fingerprint = "" if plan is None else plan.fingerprint
-    exact = not sketched or not (isinstance(keys, SignPlan) or isinstance(values, SignPlan))
+    exact = not sketched or keys.widths is values.widths is None
     return [Fidelity(codec, fingerprint, precision, error, exact) for error in errors]
 
 
@@ -184,12 +193,8 @@ def debias_of(resident: ResidentSession, layer: int, asked: float | None) -> flo
     """The share asked for, or the codec's default."""
     if asked is not None:
         return asked
-    if resident.plan is None:
-        return 0.0
-    if ("debias", layer) not in resident.facts:
-        share = default_debias(resident.plan.spec, layer, resident.shape.layers)
-        resident.facts["debias", layer] = share
-    return resident.facts["debias", layer]
+    plan = resident.plan_of(layer, "keys")
+    return plan.debias if isinstance(plan, SignPlan) else 0.0
 
 
 def host_blocks(resident: ResidentSession, layer: int, start: int, end: int, precision: Precision) -> Blocks:
@@ -202,6 +207,8 @@ def decoded(device: Device, block: Block, kind: Kind, dtype: torch.dtype) -> Ten
     rows = block.keys if kind == "keys" else block.values
     if isinstance(rows, DenseRows):
         return rows.data.to(dtype)
+    if isinstance(rows, projected.ProjectedRows):
+        return projected.decode(device.backend, rows).to(dtype)
     assert isinstance(rows, SignRows)
     return device.backend.to_host((device.backend.decode(rows, dtype),))()[0]
 

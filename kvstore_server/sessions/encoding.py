@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from kvstore_codecs.artifact import Projection
+from kvstore_codecs.fit import fit_layer
 from kvstore_codecs.plan import FIT_TOKENS_MAX, CodecPlan, DensePlan, Fit
 from kvstore_codecs.sketch import KindRows, check_kind, encode_kind
 from kvstore_codecs.spec import KINDS, CodecSpec, Kind, ModelShape
@@ -17,19 +19,24 @@ def fit_is_due(spec: CodecSpec, length: int) -> bool:
     return spec.needs_fit and length - spec.sink_tokens >= spec.fit_tokens
 
 
-def make_fit(spec: CodecSpec, resident: ResidentSession, assembly: AppendAssembly, start: int) -> Fit:
-    """Means over the session's first non-sink tokens: those before `start`, all exact, and those of this append."""
-    shape = resident.shape
+def make_layer_fit(
+    spec: CodecSpec,
+    resident: ResidentSession,
+    assembly: AppendAssembly,
+    start: int,
+    layer: int,
+    projections: tuple[Projection, ...],
+) -> Fit:
+    """One layer of the fit to the first non-sink tokens: those before `start`, all exact, and those of this append."""
     first = spec.sink_tokens
 
-    def rows(layer: int, kind: Kind) -> Tensor:
+    def rows(kind: Kind) -> Tensor:
         stored = resident.exact_rows(layer, kind, min(first, start), start)
         arriving = assembly.vectors(layer, kind)[max(0, first - start) :]
         return torch.cat([stored, arriving])[:FIT_TOKENS_MAX]
 
-    keys, values = (torch.stack([rows(layer, kind) for layer in range(shape.layers)]) for kind in KINDS)
     try:
-        return Fit.from_rows(keys, values, first)
+        return fit_layer(spec, resident.shape.layers, layer, {kind: rows(kind) for kind in KINDS}, first, projections)
     except ValueError as error:
         raise InvalidArgument("frame.data", str(error)) from None
 

@@ -8,6 +8,7 @@ from kvstore_server.errors import InvalidArgument, OutOfRange
 from kvstore_server.limits import Limits
 from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.model import SessionInfo
+from kvstore_server.sessions.projecting import Projecting
 from kvstore_server.sessions.quotas import Quotas
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.storage.keys import check_name
@@ -19,9 +20,16 @@ class Lifecycle:
     """The unary session calls. All are idempotent: the same call again says `already_present` or does nothing."""
 
     def __init__(
-        self, registry: Registry, indexing: Indexing, quotas: Quotas, limits: Limits, default_codec: CodecSpec
+        self,
+        registry: Registry,
+        projecting: Projecting,
+        indexing: Indexing,
+        quotas: Quotas,
+        limits: Limits,
+        default_codec: CodecSpec,
     ) -> None:
-        self._registry, self._indexing, self._quotas, self._limits = registry, indexing, quotas, limits
+        self._registry, self._projecting, self._indexing = registry, projecting, indexing
+        self._quotas, self._limits = quotas, limits
         self._default_codec = default_codec
 
     async def create(
@@ -42,6 +50,7 @@ class Lifecycle:
             check_spec(spec, shape)
         except ValueError as error:
             raise InvalidArgument("codec_json", str(error)) from None
+        await self._projecting.of(spec, shape)
         await self._check_quota(tenant, name)
         log = self._registry.log(tenant)
         _, present = await asyncio.to_thread(log.create, name, shape, spec, ttl_seconds=ttl_seconds, pinned=pinned)

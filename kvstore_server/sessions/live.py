@@ -2,6 +2,7 @@
 
 import asyncio
 
+from kvstore_codecs.artifact import Projection
 from kvstore_codecs.plan import CodecPlan, Fit
 from kvstore_codecs.resolve import plan_for
 from kvstore_server.memory.growing import Allocate, pageable
@@ -16,8 +17,11 @@ class LiveSession:
     `lock` is held while the session grows or is loaded; queries hold none: they use the prefix that they name.
     """
 
-    def __init__(self, state: SessionState, allocate: Allocate = pageable) -> None:
+    def __init__(
+        self, state: SessionState, projections: tuple[Projection, ...] = (), allocate: Allocate = pageable
+    ) -> None:
         self.state = state
+        self.projections = projections
         self._allocate = allocate
         self.lock = asyncio.Lock()
         self.resident: ResidentSession | None = None
@@ -78,7 +82,7 @@ class LiveSession:
         """None before the fit, for codecs that need one. The fit must have been read."""
         if not self.fitted:
             return None
-        return plan_for(self.state.spec, self.state.shape, self.fit)
+        return plan_for(self.state.spec, self.state.shape, self.fit, self.projections)
 
     def loadable(self) -> ResidentSession:
         """The session's rows, as far as they are loaded, ready to take more."""
@@ -113,4 +117,5 @@ class LiveSession:
             forked_from=forked.session if forked else None,
             forked_at=forked.end if forked else None,
             affinity=state.ancestors[0].session if forked else state.session,
+            max_position=min((each.header.max_position for each in self.projections), default=None),
         )

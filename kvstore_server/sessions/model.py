@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -29,6 +30,8 @@ class SessionInfo:
     forked_from: str | None
     forked_at: int | None
     affinity: str
+    max_position: int | None
+    """Positions beyond were calibrated by no projection of the codec; None if it names none."""
 
     @property
     def raw_bytes(self) -> int:
@@ -108,11 +111,16 @@ class TopKAnswer:
     fidelity: Fidelity
 
 
+FetchedPart = Part | Literal["basis", "weights"]
+
+
 @dataclass(frozen=True)
 class FetchPart:
+    """Tokens from `start` on of one layer and kind, or of its basis heads."""
+
     layer: int
     kind: Kind
-    part: Part
+    part: FetchedPart
     start: int
     tensor: Tensor
 

@@ -1,12 +1,14 @@
 """Score, TopK, Attend and Fetch: checked against the session, computed on the device thread over one prefix."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from kvstore_codecs.spec import KINDS, Kind
+from kvstore_codecs.plan import Fit
+from kvstore_codecs.projected import ProjectedRows
+from kvstore_codecs.spec import KINDS, CodecSpec, Kind
 from kvstore_kernels import DenseRows, SignRows
 from kvstore_server.errors import FailedPrecondition, InvalidArgument
 from kvstore_server.limits import Limits
@@ -154,11 +156,17 @@ class Querying:
         if size > self._limits.fetch_bytes_max:
             limit = self._limits.fetch_bytes_max
             raise InvalidArgument("token_end", f"{size} bytes are more than {limit} in one Fetch", limit=limit)
-        parts = self._parts(resident, replace(query, layers=layers), deadline)
+        fit = None if query.decoded else live.fit
+        parts = self._parts(resident, fit, replace(query, layers=layers), deadline)
         return FetchAnswer(live.info(), live.fit, parts)
 
-    async def _parts(self, resident: ResidentSession, query: FetchQuery, deadline: float) -> AsyncIterator[FetchPart]:
+    async def _parts(
+        self, resident: ResidentSession, fit: Fit | None, query: FetchQuery, deadline: float
+    ) -> AsyncIterator[FetchPart]:
         cut = self._decoded if query.decoded else _stored
+        if fit is not None and resident.plan is not None:
+            for part in _bases(fit, resident.plan.spec, resident.shape.layers):
+                yield part
         for layer in query.layers:
             for kind in KINDS:
 
@@ -241,6 +249,15 @@ class Querying:
         return slice(query.head_offset, query.head_offset + query.q.shape[1])
 
 
+def _bases(fit: Fit, spec: CodecSpec, layers: int) -> Iterator[FetchPart]:
+    """Every basis of the fit: bits are shared out over all layers, so a reader of one needs all."""
+    for kind in KINDS:
+        if (basis := fit.basis_of(kind)) is not None:
+            for row, layer in enumerate(spec.session_layers(kind, layers)):
+                yield FetchPart(layer, kind, "basis", 0, basis.matrix[row])
+                yield FetchPart(layer, kind, "weights", 0, basis.weights[row])
+
+
 def _stored(resident: ResidentSession, query: FetchQuery, layer: int, kind: Kind) -> list[FetchPart]:
     if query.precision.keys_level or query.precision.values_level:
         raise FailedPrecondition("NO_LEVEL", "packed sketches are sent whole; a level is for decoded vectors")
@@ -250,6 +267,10 @@ def _stored(resident: ResidentSession, query: FetchQuery, layer: int, kind: Kind
         if isinstance(rows, SignRows):
             parts.append(FetchPart(layer, kind, "words", block.start, rows.signs.words))
             parts.append(FetchPart(layer, kind, "scales", block.start, rows.signs.scales))
+        elif isinstance(rows, ProjectedRows):
+            nothing = torch.empty(len(rows.coordinates), 0, dtype=torch.int32)
+            parts.append(FetchPart(layer, kind, "words", block.start, nothing))
+            parts.append(FetchPart(layer, kind, "scales", block.start, rows.coordinates))
         else:
             assert isinstance(rows, DenseRows)
             parts.append(FetchPart(layer, kind, "rows", block.start, rows.data))

@@ -4,8 +4,10 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from kvstore_server.limits import Limits
 from kvstore_server.metadata.index import Index
 from kvstore_server.sessions.indexing import Indexing
+from kvstore_server.sessions.projecting import Projecting
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.storage.store import ObjectStore
 
@@ -46,6 +48,6 @@ async def rebuild_from_nothing(store: ObjectStore, index: Index, progress: Calla
     await index.clear()
     indexing = Indexing(index)
     try:
-        return await rebuild(store, Registry(store, 0, 0.0, 0.0), indexing, progress)
+        return await rebuild(store, Registry(store, Projecting(store, Limits()), 0, 0.0, 0.0), indexing, progress)
     finally:
         await indexing.close()

@@ -11,6 +11,7 @@ from kvstore_server.memory.growing import Allocate, pageable
 from kvstore_server.memory.resident import ResidentSession
 from kvstore_server.sessions.live import LiveSession
 from kvstore_server.sessions.loading import extend_resident, read_fit
+from kvstore_server.sessions.projecting import Projecting
 from kvstore_server.storage.commit_log import CommitLog
 from kvstore_server.storage.keys import is_generation
 from kvstore_server.storage.store import ObjectStore
@@ -28,13 +29,14 @@ class Registry:
     def __init__(
         self,
         store: ObjectStore,
+        projecting: Projecting,
         host_bytes_max: int,
         staleness_seconds: float,
         grace_seconds: float,
         allocate: Allocate = pageable,
         opened: Callable[[LiveSession], None] = lambda _: None,
     ) -> None:
-        self._store = store
+        self._store, self._projecting = store, projecting
         self._grace_seconds = grace_seconds
         self._allocate = allocate
         self._opened = opened
@@ -158,9 +160,10 @@ class Registry:
                 resident.parent, resident.shared_end = weakref.ref(parent.resident), origin.end
 
     async def ensure_fit(self, live: LiveSession) -> None:
-        """Reads the session's fit if there is one that is not known yet."""
+        """Reads the session's fit if there is one that is not known yet, and makes the plan, which may take seconds."""
         if live.fit is None and (made := live.fit_entry) is not None:
             live.fit = await asyncio.to_thread(read_fit, self.log(live.state.tenant), live.state, made)
+            await asyncio.to_thread(lambda: live.plan)
 
     def make_room(self, keep: LiveSession) -> None:
         """Drops the rows of the least recently used sessions until the others fit; never those of `keep`."""
@@ -193,7 +196,7 @@ class Registry:
             self.forget(tenant, kept)
             return None
         if live is None:
-            live = LiveSession(state, self._allocate)
+            live = LiveSession(state, await self._projecting.of(state.spec, state.shape), self._allocate)
             await asyncio.to_thread(self.log(tenant).appends, state)
             await self.ensure_fit(live)
             self._keep(tenant, kept, live)
@@ -211,7 +214,7 @@ class Registry:
         state = await asyncio.to_thread(self.log(tenant).load, name)
         if state is None:
             return None
-        live = LiveSession(state, self._allocate)
+        live = LiveSession(state, await self._projecting.of(state.spec, state.shape), self._allocate)
         live.checked_at = now
         self._opened(live)
         await asyncio.to_thread(self.log(tenant).appends, state)

@@ -16,6 +16,7 @@ from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.lifecycle import Lifecycle
 from kvstore_server.sessions.maintenance import Maintenance
 from kvstore_server.sessions.prefixes import Prefixes
+from kvstore_server.sessions.projecting import Projecting
 from kvstore_server.sessions.querying import Querying
 from kvstore_server.sessions.quotas import Quotas
 from kvstore_server.sessions.rebuild import rebuild
@@ -39,8 +40,10 @@ class SessionService:
         self._indexing = Indexing(index)
         paging = device.backend.paging
         self._warmer = Warmer(device.backend)
+        self.projecting = Projecting(store, self.limits)
         self.registry = Registry(
             store,
+            self.projecting,
             settings.memory.host_bytes_max,
             settings.staleness_seconds,
             grace,
@@ -54,7 +57,9 @@ class SessionService:
             store, index, self.registry, self.expiry, quotas, sweep_seconds=settings.sweep_seconds, grace_seconds=grace
         )
         self.prefixes = Prefixes(self.registry, index, self.limits, grace)
-        self.lifecycle = Lifecycle(self.registry, self._indexing, quotas, self.limits, self.default_codec)
+        self.lifecycle = Lifecycle(
+            self.registry, self.projecting, self._indexing, quotas, self.limits, self.default_codec
+        )
         self.appending = Appending(self.registry, self._indexing, quotas, engine, device.backend, self.limits)
         self.querying = Querying(self.registry, engine, device, self.limits)
 

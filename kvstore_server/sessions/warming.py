@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from kvstore_codecs.plan import Fit, SignPlan
-from kvstore_codecs.resolve import default_debias, plan_for
+from kvstore_codecs.resolve import plan_for
 from kvstore_codecs.spec import CodecSpec, ModelShape
 from kvstore_kernels import Backend, DenseRows, Rows, SignRows, as_torch_dtype
 
@@ -41,6 +41,8 @@ class Warmer:
     def _warm(self, spec: CodecSpec, shape: ModelShape) -> None:
         try:
             warm_up(self._backend.beside(), spec, shape)
+        except ValueError as error:  # a codec whose bases are not known yet
+            LOG.info("the first queries of such sessions compile: %s", error)
         except Exception:
             LOG.exception("warming up failed; the first queries of such sessions compile instead")
 
@@ -62,7 +64,7 @@ def warm_up(backend: Backend, spec: CodecSpec, shape: ModelShape) -> None:
             SignRows(backend.encode(x, kind.encoder), kind.levels[0]) if isinstance(kind, SignPlan) else DenseRows(x)
             for kind in kinds
         )
-        _ask(backend, shape, keys, values, default_debias(spec, layer, shape.layers))
+        _ask(backend, shape, keys, values, kinds[0].debias if isinstance(kinds[0], SignPlan) else 0.0)
     _ask(backend, shape, DenseRows(x), DenseRows(x), 0.0)
 
 

@@ -3,7 +3,7 @@
 slot 0          of the file's bytes before the data: length prefix and padded header
 slot 1          of all slots after this one
 slots 2 ..      of (layer, kind, page), layers slowest: rows, then words, then scales of that page
-next            of the two means, if this append made the fit
+next            of the fit, means first, if this append made it
 rest            zero
 """
 
@@ -48,7 +48,10 @@ def crc_table(layout: Layout, head_crc: int, views: Views, fit: list[memoryview]
             crc = crc32c(views[layer, kind, part][start:end], crc)
         table[slot] = crc
     if fit:
-        table[layout.fit_crc_slot] = crc32c(fit[1], crc32c(fit[0]))
+        crc = 0
+        for view in fit:
+            crc = crc32c(view, crc)
+        table[layout.fit_crc_slot] = crc
     table[1] = crc32c(table[CRC_FIXED:].tobytes())
     return table
 
@@ -61,7 +64,7 @@ def damages(layout: Layout, start: int, body: memoryview) -> Iterator[Damage]:
         for (layer, kind), spans in layout.spans.items()
         for part in PARTS
     }
-    expected = crc_table(layout, 0, views, [body[begin:end] for begin, end in layout.fit or ()])
+    expected = crc_table(layout, 0, views, [body[spec.start : spec.end] for spec in layout.fit])
     end = start + layout.geometry.tokens
     if found[1] != crc32c(found[CRC_FIXED:].tobytes()):
         yield whole_damage(start, end, "checksums")

@@ -7,6 +7,10 @@ Letters: n tokens of the append, e of them exact (the first), H KV heads, D head
     values.rows
     fit.mean_keys       F32 [L, H, D]   only if this append made the fit
     fit.mean_values
+    fit.basis_keys      F16 [B, H, D, D]   only of the B layers whose basis it made
+    fit.weights_keys    F32 [B, H, D]
+    fit.basis_values
+    fit.weights_values
     keys.words          U32 [..]        (n - e) x words of each sign layer
     values.words
     keys.scales         F16 [..]        (n - e) x scales of each sign layer
@@ -30,6 +34,7 @@ from kvstore_server.storage.container import DTYPE_BYTES, TensorSpec
 PAGE_TOKENS = 256
 LAYERS_MAX = 1024
 TOKENS_MAX = 1 << 32
+FIT = "fit."
 CRC_FIXED = 2
 CRC_SLOT_MULTIPLE = 16
 ROW_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -58,7 +63,7 @@ class LayerRun(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """Everything that sizes depend on. `fitted`: the means are in this object."""
+    """Everything that sizes depend on. `fitted`: the means are in this object, and the bases of so many layers."""
 
     tokens: int
     exact: int
@@ -67,6 +72,8 @@ class Geometry:
     dtype: str
     runs: tuple[LayerRun, ...]
     fitted: bool
+    basis_keys: int = 0
+    basis_values: int = 0
 
     @property
     def layers(self) -> int:
@@ -99,7 +106,7 @@ class Layout:
     geometry: Geometry
     tensors: tuple[TensorSpec, ...]
     spans: dict[tuple[int, Kind], KindSpans]
-    fit: tuple[Span, Span] | None
+    fit: tuple[TensorSpec, ...]
     data_bytes: int
 
     @property
@@ -157,7 +164,7 @@ def layout_of(geometry: Geometry) -> Layout:
     specs = [TensorSpec(*shape[:3], end - shape[3], end) for shape, end in zip(shapes, ends, strict=True)]
     at = {spec.name: spec.start for spec in specs}
     spans = {(kind, part): list(_spans(at.get(f"{kind}.{part}", 0), each)) for (kind, part), each in sizes.items()}
-    fit = [(spec.start, spec.end) for spec in specs if spec.name.startswith("fit.")]
+    fit = tuple(spec for spec in specs if spec.name.startswith(FIT))
     return Layout(
         geometry,
         tuple(specs),
@@ -168,7 +175,7 @@ def layout_of(geometry: Geometry) -> Layout:
             for kind in KINDS
             for layer, w in enumerate(widths[kind])
         },
-        (fit[0], fit[1]) if fit else None,
+        fit,
         ends[-1],
     )
 
@@ -181,9 +188,13 @@ def _tensors(geometry: Geometry, totals: dict[tuple[Kind, Part], int]) -> Table:
         if size := totals[kind, "rows"]:
             yield f"{kind}.rows", ROW_DTYPES[geometry.dtype], (size // row_bytes_of(geometry), *heads), size
     if geometry.fitted:
-        shape = (geometry.layers, *heads)
+        vectors = 4 * heads[0] * heads[1]
         for kind in KINDS:
-            yield f"fit.mean_{kind}", "F32", shape, 4 * shape[0] * shape[1] * shape[2]
+            yield f"{FIT}mean_{kind}", "F32", (geometry.layers, *heads), geometry.layers * vectors
+        for kind, count in zip(KINDS, (geometry.basis_keys, geometry.basis_values), strict=True):
+            if count:
+                yield f"{FIT}basis_{kind}", "F16", (count, *heads, heads[1]), count * vectors * heads[1] // 2
+                yield f"{FIT}weights_{kind}", "F32", (count, *heads), count * vectors
     for kind in KINDS:
         if size := totals[kind, "words"]:
             yield f"{kind}.words", "U32", (size // 4,), size

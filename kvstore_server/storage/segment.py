@@ -15,9 +15,12 @@ from kvstore_kernels.types import Signs, as_torch_dtype
 from kvstore_server.errors import DataLoss, InvalidArgument
 from kvstore_server.storage.checksums import Damage, crc_table, damages, whole_damage
 from kvstore_server.storage.container import DamagedError, build_header, check_tensors, data_offset, parse_header
-from kvstore_server.storage.geometry import PARTS, Geometry, LayerRun, Layout, Part, SignWidths, layout_of
+from kvstore_server.storage.geometry import FIT, PARTS, Geometry, LayerRun, Layout, Part, SignWidths, layout_of
 from kvstore_server.storage.segment_header import Identity, SegmentHeader, from_metadata, to_metadata
 from kvstore_server.storage.store import Buffer
+
+_FIT_DTYPES = {torch.float32: "F32", torch.float16: "F16"}
+_DTYPES = {name: dtype for dtype, name in _FIT_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ def geometry_of(
     widths = [(_widths(k), _widths(v)) for k, v in zip(keys, values, strict=True)]
     runs = tuple(LayerRun(len(list(group)), *pair) for pair, group in groupby(widths))
     _, heads, head_dim = keys[0].rows.shape
-    return Geometry(tokens, exact, heads, head_dim, dtype, runs, fit is not None)
+    bases = [0 if fit is None or (basis := fit.basis_of(kind)) is None else len(basis.matrix) for kind in KINDS]
+    return Geometry(tokens, exact, heads, head_dim, dtype, runs, fit is not None, *bases)
 
 
 def write_segment(segment: Segment) -> list[Buffer]:
@@ -50,9 +54,11 @@ def write_segment(segment: Segment) -> list[Buffer]:
     """
     header, layout = segment.header, layout_of(segment.header.geometry)
     views = dict(_part_views(segment, layout))
-    fit = [] if segment.fit is None else [_bytes_of(segment.fit.mean_keys), _bytes_of(segment.fit.mean_values)]
-    if [len(view) for view in fit] != [end - start for start, end in layout.fit or ()]:
-        raise ValueError("the fit is not [layers, kv_heads, head_dim] float32")
+    tensors = {} if segment.fit is None else segment.fit.tensors
+    found = [(f"{FIT}{name}", _FIT_DTYPES.get(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
+    if found != [(spec.name, spec.dtype, spec.shape) for spec in layout.fit]:
+        raise ValueError(f"the fit is {found}, not what the geometry says")
+    fit = [_bytes_of(tensor) for tensor in tensors.values()]
     try:
         head = build_header(to_metadata(header), layout.tensors)
     except ValueError as error:
@@ -147,14 +153,13 @@ def _widths(rows: KindRows) -> SignWidths | None:
 
 
 def _segment_of(header: SegmentHeader, layout: Layout, body: Tensor) -> Segment:
-    geometry = header.geometry
     fit = None
     if layout.fit and header.fit_range:
-        mean_keys, mean_values = (
-            body[start:end].view(torch.float32).view(geometry.layers, geometry.kv_heads, geometry.head_dim)
-            for start, end in layout.fit
-        )
-        fit = Fit(mean_keys, mean_values, *header.fit_range)
+        tensors = {
+            spec.name.removeprefix(FIT): body[spec.start : spec.end].view(_DTYPES[spec.dtype]).view(spec.shape)
+            for spec in layout.fit
+        }
+        fit = Fit.from_tensors(tensors, *header.fit_range)
     keys, values = (tuple(_kind_rows(layout, body, kind)) for kind in KINDS)
     return Segment(header, keys, values, fit)
 

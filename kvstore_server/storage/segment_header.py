@@ -11,13 +11,16 @@ from kvstore_server.storage.geometry import LAYERS_MAX, TOKENS_MAX, Geometry, La
 from kvstore_server.storage.versions import check_readable
 
 FORMAT = "kvstore.segment"
-VERSION = 1
-"""What this code writes, and the newest `min_reader` that it reads."""
+VERSION = 2
+"""The newest `min_reader` that this code reads."""
+FIRST_VERSION = 1
+"""What it writes as long as nothing newer is in the object."""
 
 Encoding = Literal["raw", "sketch"]
 Encoder = Literal["server", "client"]
 Hex256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Position = Annotated[int, Field(ge=0)]
+Bases = Annotated[int, Field(ge=0, le=LAYERS_MAX)]
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class _Metadata:
     head_dim: Annotated[int, Field(ge=32, le=256, multiple_of=32)]
     layers: Annotated[tuple[LayerRun, ...], Field(min_length=1, max_length=LAYERS_MAX)]
     fit_range: tuple[Position, Position] | None
+    fit_bases: tuple[Bases, Bases]
     block_hashes: tuple[Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$")], ...]
     created_unix_seconds: Annotated[float, Field(ge=0)]
     block_tokens: Position = 0
@@ -97,14 +101,17 @@ class _Metadata:
 
 _METADATA = TypeAdapter(_Metadata)
 _JSON_FIELDS = ("previous", "layers", "fit_range", "block_hashes")
+_NO_BASES = (0, 0)
 
 
 def to_metadata(header: SegmentHeader) -> dict[str, str]:
     identity, geometry = header.identity, header.geometry
+    bases = geometry.basis_keys, geometry.basis_values
+    version = FIRST_VERSION if bases == _NO_BASES else VERSION
     return {
         "format": FORMAT,
-        "version": str(VERSION),
-        "min_reader": str(VERSION),
+        "version": str(version),
+        "min_reader": str(version),
         "tenant": identity.tenant,
         "session": identity.session,
         "generation": identity.generation,
@@ -123,6 +130,7 @@ def to_metadata(header: SegmentHeader) -> dict[str, str]:
         "head_dim": str(geometry.head_dim),
         "layers": _json(geometry.runs),
         "fit_range": _json(header.fit_range),
+        **({} if bases == _NO_BASES else {"fit_bases": _json(bases)}),
         "block_hashes": _json([block.hex() for block in header.block_hashes]),
         "created_unix_seconds": repr(header.created_unix_seconds),
         **({"block_tokens": str(header.block_tokens)} if header.block_tokens else {}),
@@ -136,13 +144,19 @@ def from_metadata(metadata: dict[str, str]) -> SegmentHeader:
     check_readable(metadata.get("min_reader"), VERSION, "segment")
     try:
         decoded = {name: json.loads(metadata[name]) for name in _JSON_FIELDS}
+        decoded["fit_bases"] = json.loads(metadata["fit_bases"]) if "fit_bases" in metadata else _NO_BASES
         read = _METADATA.validate_python({**metadata, **decoded})
     except (KeyError, ValueError, RecursionError) as error:
         raise DamagedError("header fields") from error
+    fitted = read.fit_range is not None
     geometry = Geometry(
-        read.tokens, read.exact, read.kv_heads, read.head_dim, read.dtype, read.layers, read.fit_range is not None
+        read.tokens, read.exact, read.kv_heads, read.head_dim, read.dtype, read.layers, fitted, *read.fit_bases
     )
-    if read.exact > read.tokens or geometry.layers > LAYERS_MAX:
+    if (
+        read.exact > read.tokens
+        or max(geometry.layers, *read.fit_bases) > LAYERS_MAX
+        or (read.fit_bases != _NO_BASES and not fitted)
+    ):
         raise DamagedError("header fields")
     return SegmentHeader(
         identity=Identity(read.tenant, read.session, read.generation, read.start),

@@ -9,6 +9,7 @@ from kvstore_server.storage.commit_log import CommitLog
 from kvstore_server.storage.container import DamagedError
 from kvstore_server.storage.keys import is_generation, log_folder, log_key, log_starts, meta_folder, meta_key, meta_seqs
 from kvstore_server.storage.meta import read_record
+from kvstore_server.storage.projections import FOLDER, ProjectionStore
 from kvstore_server.storage.segment import inspect_segment
 from kvstore_server.storage.segment_header import Identity
 from kvstore_server.storage.store import ObjectStore
@@ -47,7 +48,7 @@ class Report:
 
 
 def verify_store(store: ObjectStore, progress: Callable[[Report], None] = lambda report: None) -> Report:
-    """Checks every record, every chain of appends and every byte of every segment; calls `progress` after each object.
+    """Checks records, chains of appends and every byte of segments and projections; `progress` is told of each object.
 
     Deleted generations are read too, as far as they are there: forks may share them.
     """
@@ -63,7 +64,17 @@ def verify_store(store: ObjectStore, progress: Callable[[Report], None] = lambda
         _SessionCheck(store, tenant, session, report, progress).run()
         report.sessions += 1
         progress(report)
+    _check_projections(ProjectionStore(store), report)
     return report
+
+
+def _check_projections(projections: ProjectionStore, report: Report) -> None:
+    for sha256 in projections.names():
+        report.bytes += projections.size(sha256)
+        try:
+            projections.load(sha256)
+        except KVStoreError as error:
+            report.damaged.append(DamagedRange(FOLDER, sha256, "", str(error)))
 
 
 class _SessionCheck:

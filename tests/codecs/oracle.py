@@ -21,6 +21,8 @@ def encode(x: Tensor, encoder: Encoder) -> Signs:
     centred = (x.float() - encoder.mean).double()
     words, scales = [], []
     for head, groups in enumerate(layout.word_groups):
+        if not groups:
+            continue
         rows = centred[:, head]
         if isinstance(encoder, AffineEncoder):
             bits, head_scales = _affine(rows, encoder.planes, layout.groups)

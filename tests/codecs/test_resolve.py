@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvstore_codecs.plan import CodecPlan, DensePlan, Fit, NotFittedError, SignPlan
-from kvstore_codecs.resolve import basis_bytes, default_debias, plan_for
+from kvstore_codecs.resolve import basis_bytes, plan_for
 from kvstore_codecs.spec import DEFAULT, RAW, Affine, CodecSpec, LayerOverride, Qjl, Raw, Rotated
 from kvstore_kernels.types import SignEncoder
 from tests.codecs.inputs import shape_of
@@ -168,5 +168,6 @@ def test_equal_specs_and_fits_share_one_plan_and_the_cache_is_bounded():
 
 
 def test_debias_is_one_half_for_random_projections_only():
-    assert [default_debias(MIXED, layer, 3) for layer in range(3)] == [0.0, 0.5, 0.5]
-    assert default_debias(CodecSpec(keys=Affine(), values=Raw()), 0, 1) == 0.0
+    plan = plan_for(MIXED, SHAPE, None)
+    assert [p.debias if isinstance(p, SignPlan) else 0.0 for p in plan.keys] == [0.0, 0.5, 0.5]
+    assert [p.debias if isinstance(p, SignPlan) else 0.0 for p in plan.values] == [0.0, 0.0, 0.0]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvstore_codecs.plan import DensePlan, KindPlan
+from kvstore_codecs.plan import DensePlan, KindPlan, SignPlan
 from kvstore_codecs.sketch import KindRows, check_kind, encode_kind
 from kvstore_codecs.spec import Affine, Qjl, Rotated
 from kvstore_kernels.backend import Backend
@@ -40,6 +40,7 @@ def test_exact_rows_keep_their_bits_and_the_rest_becomes_signs(
     assert torch.equal(made.rows, x[:exact])
     assert made.signs is not None
     assert len(made.signs.words) == len(made.signs.scales) == tokens - exact
+    assert isinstance(plan, SignPlan)
     alone = backend.encode(x[exact:], plan.encoder)
     assert torch.equal(made.signs.words, alone.words)
 

@@ -10,10 +10,9 @@ if not torch.cuda.is_available():
 from kvstore_codecs.resolve import plan_for
 from kvstore_codecs.sketch import encode_kind
 from kvstore_codecs.spec import Affine, AnyCodec, CodecSpec, Kind, ModelShape, Qjl, Raw, Rotated
-from kvstore_kernels import Backend, SignRows, build
+from kvstore_kernels import Backend, DenseRows, SignRows, build
 from kvstore_kernels.backend import ReferenceBackend
 from kvstore_kernels.cuda.backend import CudaBackend, open_cuda
-from kvstore_kernels.cuda.pages import SignPages
 from kvstore_server.memory.device import DeviceMemory
 from kvstore_server.memory.resident import Block, ResidentSession
 from kvstore_server.scheduling.self_check import self_check
@@ -108,7 +107,7 @@ def test_scores_and_best_on_pages_are_the_references(backend: CudaBackend, name:
     q = torch.randn(2, 8, 128, generator=torch.Generator().manual_seed(9)).half()
     for block, host in zip(memory.blocks(resident, 0, 0, 700, LEVELS), resident.blocks(0, 0, 700, LEVELS), strict=True):
         scores = backend.score(q, block.keys, sm_scale=0.1)
-        assert not isinstance(host.keys, SignPages)
+        assert isinstance(host.keys, SignRows | DenseRows)
         expected = REFERENCE.score(q, host.keys, sm_scale=0.1)
         assert (backend.to_host((scores,))()[0] - expected).abs().max() < 1e-3
         positions, best = backend.to_host(backend.topk(scores, 5))()

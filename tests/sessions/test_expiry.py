@@ -2,10 +2,12 @@
 
 import pytest
 
+from kvstore_server.limits import Limits
 from kvstore_server.metadata.memory import MemoryIndex
 from kvstore_server.sessions import expiry as expiry_module
 from kvstore_server.sessions.expiry import COUNT_MIN, OBSERVED_SECONDS, Expiry
 from kvstore_server.sessions.indexing import Indexing
+from kvstore_server.sessions.projecting import Projecting
 from kvstore_server.sessions.registry import Registry
 
 from ..storage.inputs import SHAPE, SPEC, TENANT
@@ -18,7 +20,7 @@ class Server:
     """What expires sessions, with clocks that the test moves; `steps` sweeps, so far apart that a look counts."""
 
     def __init__(self, store: MemoryStore, index: MemoryIndex) -> None:
-        self.registry = Registry(store, 1 << 30, 0.0, 3600.0)
+        self.registry = Registry(store, Projecting(store, Limits()), 1 << 30, 0.0, 3600.0)
         self.index = index
         self.indexing = Indexing(index)
         self.wall, self.monotonic = 2_000_000_000.0, 0.0

@@ -7,6 +7,7 @@ import torch
 from kvstore_codecs.plan import Fit
 from kvstore_codecs.sketch import KindRows
 from kvstore_codecs.spec import CodecSpec, ModelShape, Rotated
+from kvstore_codecs.transform import Basis
 from kvstore_kernels.types import Signs, as_torch_dtype
 from kvstore_server.storage.commit_log import AlreadyPresent, CommitLog, Committed
 from kvstore_server.storage.segment import Segment
@@ -36,10 +37,21 @@ def kind_rows(
     return KindRows(rows, Signs(words, torch.rand(tokens - exact, widths[1], generator=source).half()))
 
 
-def random_fit(shape: ModelShape, seed: int = 0) -> Fit:
+def random_fit(shape: ModelShape, seed: int = 0, bases: tuple[int, int] = (0, 0)) -> Fit:
+    """With bases of so many layers of keys and of values."""
     source = torch.Generator().manual_seed(seed)
-    size = (shape.layers, shape.kv_heads, shape.head_dim)
-    return Fit(torch.randn(size, generator=source), torch.randn(size, generator=source), 1, 9)
+    heads = (shape.kv_heads, shape.head_dim)
+    means = torch.randn(2, shape.layers, *heads, generator=source)
+    made = [
+        Basis(
+            torch.randn(count, *heads, shape.head_dim, generator=source).half(),
+            torch.rand(count, *heads, generator=source),
+        )
+        if count
+        else None
+        for count in bases
+    ]
+    return Fit(means[0], means[1], 1, 9, *made)
 
 
 def next_segment(

@@ -79,6 +79,18 @@ def test_what_is_written_is_read_again_bit_for_bit(
     assert (read.fit.token_start, read.fit.token_end) == (source.fit.token_start, source.fit.token_end)
 
 
+@pytest.mark.parametrize("bases", [(2, 2), (1, 0), (0, 2)])
+def test_bases_of_a_fit_are_read_again_and_ask_for_a_newer_reader(bases: tuple[int, int]) -> None:
+    source = segment(5, 1, fit=random_fit(SHAPE, bases=bases))
+    data = written(source)
+    read = read_segment(data, IDENTITY)
+    assert read.fit == source.fit
+    assert read.header == source.header
+    assert load(data)["fit.basis_keys" if bases[0] else "fit.basis_values"].dtype == torch.float16
+    assert b'"version":"2","min_reader":"2"' in data
+    assert b'"version":"1","min_reader":"1"' in written(segment(5, 1, fit=random_fit(SHAPE)))
+
+
 def test_nan_and_infinity_survive_in_exact_rows() -> None:
     source = segment(2, 2)
     source.keys[0].rows[:] = torch.tensor([float("nan"), float("inf")], dtype=torch.float16).repeat(16)
@@ -185,13 +197,14 @@ def test_a_damaged_page_is_named_and_the_others_may_be_used(kind: Any, layer: in
 
 
 def test_a_damaged_fit_and_damaged_checksums_are_named() -> None:
-    source = segment(3, 1, fit=random_fit(SHAPE))
+    source = segment(3, 1, fit=random_fit(SHAPE, bases=(2, 2)))
     data = bytearray(written(source))
     assert source.fit
-    place = bytes(data).index(source.fit.mean_values.numpy().tobytes())
-    data[place] ^= 1
-    assert [d.kind for d in inspect_segment(data, IDENTITY)[1]] == ["fit"]
-    data[place] ^= 1
+    for tensor in source.fit.tensors.values():
+        place = bytes(data).index(tensor.numpy().tobytes())
+        data[place] ^= 1
+        assert [d.kind for d in inspect_segment(data, IDENTITY)[1]] == ["fit"]
+        data[place] ^= 1
     (length,) = struct.unpack_from("<Q", data)
     data[8 + length + 4] ^= 1  # slot 1
     assert [d.what for d in inspect_segment(data, IDENTITY)[1]] == ["checksums"]
@@ -200,8 +213,8 @@ def test_a_damaged_fit_and_damaged_checksums_are_named() -> None:
 def test_a_newer_format_is_refused_as_such_and_an_older_reader_may_go_on() -> None:
     data = written(segment())
     with pytest.raises(FailedPrecondition):
-        read_segment(rewritten(data, lambda f: f["__metadata__"].update(version="2", min_reader="2")), IDENTITY)
-    readable = rewritten(data, lambda f: f["__metadata__"].update(version="2", something="new"))
+        read_segment(rewritten(data, lambda f: f["__metadata__"].update(version="3", min_reader="3")), IDENTITY)
+    readable = rewritten(data, lambda f: f["__metadata__"].update(version="3", something="new"))
     assert read_segment(readable, IDENTITY).header.tokens == 3
 
 
@@ -229,6 +242,10 @@ LIES = {
     "another dtype": lie(dtype="float32"),
     "unknown dtype": lie(dtype="int8"),
     "a fit that is not there": lie(fit_range="[0,4]"),
+    "bases without a fit": lie(fit_bases="[1,0]"),
+    "bases that are not there": lie(fit_range="[0,4]", fit_bases="[2,2]"),
+    "huge bases": lie(fit_range="[0,4]", fit_bases="[1025,0]"),
+    "one number of bases": lie(fit_range="[0,4]", fit_bases="[1]"),
     "not a number": lie(created_unix_seconds="nan"),
     "another format": lie(format="other"),
     "metadata that is no strings": lambda h: h["__metadata__"].update(tokens=3),

@@ -75,7 +75,12 @@ class _PartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Part.ValueType],
     PART_WORDS: _Part.ValueType  # 2
     """Packed sign words of whole tokens: uint32 [tokens, words]."""
     PART_SCALES: _Part.ValueType  # 3
-    """Scales of whole tokens: float16 [tokens, scales]."""
+    """Scales of whole tokens, in codec projected their coordinates: float16 [tokens, scales]."""
+    PART_BASIS: _Part.ValueType  # 4
+    """Only in Fetch, of a session that fitted a basis: float16 [kv_heads, head_dim, head_dim], its heads from
+    token_start on, and the mean squares of its coordinates, float32 [kv_heads, head_dim].
+    """
+    PART_WEIGHTS: _Part.ValueType  # 5
 
 class Part(_Part, metaclass=_PartEnumTypeWrapper):
     """Which part of a layer and kind a frame carries. Raw appends send ROWS only."""
@@ -86,7 +91,12 @@ PART_ROWS: Part.ValueType  # 1
 PART_WORDS: Part.ValueType  # 2
 """Packed sign words of whole tokens: uint32 [tokens, words]."""
 PART_SCALES: Part.ValueType  # 3
-"""Scales of whole tokens: float16 [tokens, scales]."""
+"""Scales of whole tokens, in codec projected their coordinates: float16 [tokens, scales]."""
+PART_BASIS: Part.ValueType  # 4
+"""Only in Fetch, of a session that fitted a basis: float16 [kv_heads, head_dim, head_dim], its heads from
+token_start on, and the mean squares of its coordinates, float32 [kv_heads, head_dim].
+"""
+PART_WEIGHTS: Part.ValueType  # 5
 Global___Part: _TypeAlias = Part  # noqa: Y015
 
 class _Encoding:
@@ -261,6 +271,7 @@ class Session(_message.Message):
     FORKED_AT_FIELD_NUMBER: _builtins.int
     AFFINITY_FIELD_NUMBER: _builtins.int
     FIT_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    MAX_POSITION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     generation: _builtins.str
     length: _builtins.int
@@ -284,6 +295,8 @@ class Session(_message.Message):
     """Send this value in the x-kv-affinity metadata of calls about this session."""
     fit_fingerprint: _builtins.str
     """Hash of (codec, fit): a client that encodes names it."""
+    max_position: _builtins.int
+    """The lowest max_position of the projections that the codec names; beyond it their bases are worse. Unset: none named."""
     @_builtins.property
     def shape(self) -> Global___ModelShape: ...
     def __init__(
@@ -306,21 +319,26 @@ class Session(_message.Message):
         forked_at: _builtins.int | None = ...,
         affinity: _builtins.str = ...,
         fit_fingerprint: _builtins.str = ...,
+        max_position: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_forked_at", b"_forked_at", "_forked_from", b"_forked_from", "_ttl_seconds", b"_ttl_seconds", "forked_at", b"forked_at", "forked_from", b"forked_from", "shape", b"shape", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_forked_at", b"_forked_at", "_forked_from", b"_forked_from", "_max_position", b"_max_position", "_ttl_seconds", b"_ttl_seconds", "forked_at", b"forked_at", "forked_from", b"forked_from", "max_position", b"max_position", "shape", b"shape", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_forked_at", b"_forked_at", "_forked_from", b"_forked_from", "_ttl_seconds", b"_ttl_seconds", "affinity", b"affinity", "codec_fingerprint", b"codec_fingerprint", "codec_json", b"codec_json", "created_unix_seconds", b"created_unix_seconds", "exact_end", b"exact_end", "fit_fingerprint", b"fit_fingerprint", "fitted", b"fitted", "forked_at", b"forked_at", "forked_from", b"forked_from", "generation", b"generation", "length", b"length", "name", b"name", "pinned", b"pinned", "raw_bytes", b"raw_bytes", "shape", b"shape", "stored_bytes", b"stored_bytes", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_forked_at", b"_forked_at", "_forked_from", b"_forked_from", "_max_position", b"_max_position", "_ttl_seconds", b"_ttl_seconds", "affinity", b"affinity", "codec_fingerprint", b"codec_fingerprint", "codec_json", b"codec_json", "created_unix_seconds", b"created_unix_seconds", "exact_end", b"exact_end", "fit_fingerprint", b"fit_fingerprint", "fitted", b"fitted", "forked_at", b"forked_at", "forked_from", b"forked_from", "generation", b"generation", "length", b"length", "max_position", b"max_position", "name", b"name", "pinned", b"pinned", "raw_bytes", b"raw_bytes", "shape", b"shape", "stored_bytes", b"stored_bytes", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__forked_at: _TypeAlias = _typing.Literal["forked_at"]  # noqa: Y015
     _WhichOneofArgType__forked_at: _TypeAlias = _typing.Literal["_forked_at", b"_forked_at"]  # noqa: Y015
     _WhichOneofReturnType__forked_from: _TypeAlias = _typing.Literal["forked_from"]  # noqa: Y015
     _WhichOneofArgType__forked_from: _TypeAlias = _typing.Literal["_forked_from", b"_forked_from"]  # noqa: Y015
+    _WhichOneofReturnType__max_position: _TypeAlias = _typing.Literal["max_position"]  # noqa: Y015
+    _WhichOneofArgType__max_position: _TypeAlias = _typing.Literal["_max_position", b"_max_position"]  # noqa: Y015
     _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
     _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__forked_at) -> _WhichOneofReturnType__forked_at | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__forked_from) -> _WhichOneofReturnType__forked_from | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_position) -> _WhichOneofReturnType__max_position | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_seconds) -> _WhichOneofReturnType__ttl_seconds | None: ...
 
@@ -1587,7 +1605,7 @@ class FetchPart(_message.Message):
     kind: Global___Kind.ValueType
     part: Global___Part.ValueType
     token_start: _builtins.int
-    """Position of the first token in data."""
+    """Position of the first token in data; of bases and weights the first head."""
     @_builtins.property
     def tensor(self) -> Global___Tensor: ...
     def __init__(
@@ -1609,7 +1627,10 @@ Global___FetchPart: _TypeAlias = FetchPart  # noqa: Y015
 
 @_typing.final
 class PutProjectionRequest(_message.Message):
-    """---- projections and the server"""
+    """---- projections and the server
+
+    The file in pieces, in order.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1726,7 +1747,7 @@ class ListProjectionsResponse(_message.Message):
         bytes: _builtins.int
         model_fingerprint: _builtins.str
         header_json: _builtins.str
-        """The artifact's JSON header."""
+        """The artifact's header (docs/codecs.md)."""
         def __init__(
             self,
             *,

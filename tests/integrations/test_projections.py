@@ -1,0 +1,189 @@
+"""Fitting projections to a transformers model, and measuring what codecs cost it."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from kvstore_client.integrations.model_shape import shape_of
+from kvstore_client.projections import commands
+from kvstore_client.projections.attention import SINK_TOKENS, LayerCall, answering, causal_weights, stored_mask
+from kvstore_client.projections.fit import gather, projection_of
+from kvstore_client.projections.gather import Gatherer
+from kvstore_client.projections.quality import CodedAttention, measure
+from kvstore_client.projections.rows import DEFAULT, CodecRow
+from kvstore_client.projections.texts import sequences
+from kvstore_codecs.artifact import Metric, Projection, read_projection
+from kvstore_codecs.resolve import plan_for
+from kvstore_codecs.spec import RAW, Matryoshka
+from kvstore_kernels.backend import cpu_backend
+from kvstore_server.cli import app
+
+from .tiny import tiny_llama, token_ids
+
+LENGTH = 160
+
+
+def exact(call: LayerCall) -> Tensor:
+    return torch.stack([causal_weights(call, head) @ call.v[head // call.group] for head in range(len(call.q))])
+
+
+def fitted(model: Any, metric: Metric = "output") -> Projection:
+    texts = [token_ids(LENGTH, seed) for seed in range(6)]
+    return read_projection(projection_of(model, gather(model, texts, lambda done: None), texts, metric, LENGTH))
+
+
+@torch.no_grad()
+def test_an_answer_in_the_models_place_is_the_model() -> None:
+    model, ids = tiny_llama(), token_ids(50)
+    expected = model(ids).logits
+    with answering(model, exact):
+        found = model(ids, use_cache=False).logits
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert torch.equal(model(ids).logits, expected)
+    with answering(model, Gatherer(shape_of(model))):
+        assert torch.equal(model(ids, use_cache=False).logits, found)
+
+
+@pytest.mark.parametrize("kind", ["keys", "values"])
+@torch.no_grad()
+def test_the_output_metric_is_how_far_errors_move_the_layers_output(kind: str) -> None:
+    """Small independent errors of stored tokens, one query head a KV head: the mean square of what comes out."""
+    model = tiny_llama(num_key_value_heads=4)
+    calls: list[LayerCall] = []
+    gatherer = Gatherer(shape_of(model))
+
+    def answer(call: LayerCall) -> Tensor:
+        calls.append(call)
+        return gatherer(call)
+
+    with answering(model, answer):
+        model(token_ids(LENGTH), use_cache=False)
+    call, generator = calls[1], torch.Generator().manual_seed(1)
+    stored = stored_mask(LENGTH)
+    before, moved = exact(call), torch.zeros(4, dtype=torch.float64)
+    for _ in range(100):
+        error = 1e-3 * torch.randn(call.k.shape, generator=generator)
+        coded = replace(call, **{kind[0]: (call.k if kind == "keys" else call.v) + error})
+        after = torch.stack([_mixed(call, coded, head, stored) for head in range(4)])
+        out = torch.einsum("htd,ehd->hte", after - before, call.output)
+        moved += (out.square().sum(2) / call.residual.square().sum(1)).sum(1).double()
+    metric = gatherer.layers[1].metric("keys" if kind == "keys" else "values", "output")
+    assert metric is not None
+    expected = 1e-6 * metric.diagonal(dim1=1, dim2=2).sum(1) * LENGTH * 100
+    assert ((moved / expected - 1).abs() <= 0.15).all()
+
+
+def _mixed(call: LayerCall, coded: LayerCall, head: int, stored: Tensor) -> Tensor:
+    logits = torch.where(stored, coded.q[head] @ coded.k[head].T, call.q[head] @ call.k[head].T) * call.sm_scale
+    weights = torch.softmax(logits + torch.full_like(logits, -torch.inf).triu(1), -1)
+    return (weights * stored) @ coded.v[head] + (weights * ~stored) @ call.v[head]
+
+
+def test_a_fit_is_deterministic_and_names_what_it_was_made_from() -> None:
+    model = tiny_llama()
+    found = fitted(model)
+    assert found == fitted(model)
+    assert found.header.model_fingerprint == shape_of(model).model_fingerprint
+    assert (found.header.max_position, found.header.calibration_tokens) == (LENGTH, 6 * LENGTH)
+    assert found.header.has_metrics
+    assert fitted(model, "query").metric("keys") is None
+
+
+def test_a_fit_to_texts_that_are_too_short_is_refused() -> None:
+    model, texts = tiny_llama(), [token_ids(LENGTH)]
+    gatherer = gather(model, texts, lambda done: None)
+    with pytest.raises(ValueError, match="texts of 160 tokens cannot calibrate max_position 4096"):
+        projection_of(model, gatherer, texts, "output", 4096)
+
+
+def test_a_weighted_basis_costs_less_than_a_plain_one_and_exactness_costs_nothing() -> None:
+    model, texts = tiny_llama(), [token_ids(LENGTH, 50), token_ids(LENGTH, 51)]
+    shape, backend = shape_of(model), cpu_backend()
+    rows: dict[str, Any] = {"raw": lambda seen: CodedAttention(plan_for(RAW, shape, None), backend)}
+    for metric in ("none", "output"):
+        found = fitted(model, metric)
+        rows[metric] = CodecRow.parse("both:matryoshka:1.5", shape, found, backend)
+        rows[f"{metric} finer"] = CodecRow.parse("both:matryoshka:3", shape, found, backend)
+        rows[f"{metric} coarse"] = CodecRow.parse("both:matryoshka:3@1", shape, found, backend)
+    steps: list[int] = []
+    quality = measure(model, texts, rows, from_token=20, done=steps.append)
+    assert steps == list(range(1, 2 * len(rows) + 1))
+    assert quality["raw"].kl <= 1e-6
+    assert quality["raw"].top1 == 1
+    assert abs(quality["raw"].perplexity_rise) <= 1e-4
+    assert quality["output"].kl < quality["none"].kl
+    for metric in ("none", "output"):
+        assert quality[f"{metric} finer"].kl < quality[f"{metric} coarse"].kl < quality[metric].kl
+
+
+def test_rows_are_read_by_name() -> None:
+    model = tiny_llama()
+    shape, backend, found = shape_of(model), cpu_backend(), fitted(model)
+    parsed = [CodecRow.parse(row, shape, found, backend) for row in DEFAULT]
+    assert [row.level for row in parsed] == [int("@1" in row) for row in DEFAULT]
+    row = CodecRow.parse("keys:matryoshka:2", shape, found, backend)
+    assert row.codec == Matryoshka(bits=2, basis=f"projection:{found.sha256}")
+    assert row.bits().code == 2
+    assert 0 < row.bits().scales <= 0.5
+    own = CodecRow.parse("keys:matryoshka:2:own", shape, found, backend)
+    assert own.codec == Matryoshka(bits=2, basis=f"session:{found.sha256}")
+    assert CodecRow.parse("both:projected:0.5:own", shape, None, backend).bits().code == 8
+    with pytest.raises(ValueError, match="is no row"):
+        CodecRow.parse("keys:rotated", shape, found, backend)
+    with pytest.raises(ValueError, match="needs a projection"):
+        CodecRow.parse("keys:matryoshka:2", shape, None, backend)
+
+
+def test_texts_are_cut_from_one_file(tmp_path: Path) -> None:
+    file = tmp_path / "text"
+    file.write_text("abcdefghij")
+    tokenizer: Any = Letters()
+    assert [ids.tolist() for ids in sequences(file, tokenizer, 3, 2, skip=1)] == [[[3, 4, 5]], [[6, 7, 8]]]
+    with pytest.raises(ValueError, match="text has 10 tokens, 12 are needed"):
+        sequences(file, tokenizer, 3, 4)
+    assert SINK_TOKENS == 4
+
+
+class Letters:
+    """A tokenizer: every letter is a token of the tiny model."""
+
+    def __call__(self, text: str, **_: object) -> dict[str, Tensor]:
+        return {"input_ids": torch.tensor([[1 + ord(letter) % 96 for letter in text]])}
+
+
+def test_the_commands_fit_show_and_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "_loaded", lambda model, console: (tiny_llama(), Letters()))
+    text, out, table = tmp_path / "text", tmp_path / "out.safetensors", tmp_path / "table.json"
+    text.write_text("".join(chr(33 + int(n)) for n in token_ids(2000)[0]))
+
+    def run(*args: str) -> Any:
+        return CliRunner().invoke(app, list(args), env={"COLUMNS": "200"})
+
+    made = run("projections", "fit", "--text", str(text), "--out", str(out), "--length", "64", "--count", "3")
+    assert made.exit_code == 0, made.output
+    shown = run("projections", "show", str(out))
+    assert shown.output == made.output
+    assert f"sha256 {hashlib.sha256(out.read_bytes()).hexdigest()}" in shown.output
+    assert "max_position 64" in shown.output
+    rows = ("--row", "keys:matryoshka:2", "--row", "both:projected:0.5", "--json", str(table))
+    measured = run(
+        "bench", "quality", "--text", str(text), "--projection", str(out), "--length", "64", "--count", "2", *rows
+    )
+    assert measured.exit_code == 0, measured.output
+    assert [row["row"] for row in json.loads(table.read_text())] == ["keys:matryoshka:2", "both:projected:0.5"]
+    for args, reason in (
+        (("projections", "fit", "--text", str(text), "--out", str(out), "--count", "99"), "are needed"),
+        (("projections", "fit", "--text", str(text), "--out", str(out), "--metric", "best"), "is not output"),
+        (("projections", "show", str(text)), "a projection's header"),
+        (("bench", "quality", "--text", str(text), "--row", "keys:best:1"), "is no row"),
+    ):
+        refused = run(*args)
+        assert refused.exit_code == 2
+        assert reason in refused.output
