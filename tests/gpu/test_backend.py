@@ -148,7 +148,6 @@ def test_a_workers_rows_do_not_depend_on_those_beside_them(backend: CudaBackend)
         assert torch.equal(lse, together_lse[first : first + count])
 
 
-@pytest.mark.parametrize("name", ["qjl", "rotated", "affine"])
 def test_a_recording_answers_as_the_launches_it_stands_for(backend: CudaBackend) -> None:
     resident = session(SPECS["rotated"], shape(), 3000, backend)
     memory = DeviceMemory(backend, 64 * MIB, 16 * MIB)
@@ -167,6 +166,7 @@ def test_a_recording_answers_as_the_launches_it_stands_for(backend: CudaBackend)
     assert memory.blocks(resident, 0, 0, 3000, LEVELS) is not blocks, "rows may have moved"
 
 
+@pytest.mark.parametrize("name", ["qjl", "rotated", "affine"])
 def test_levels_and_decoding_of_host_rows_are_the_references(backend: CudaBackend, name: str) -> None:
     of = shape()
     plan = plan_for(SPECS[name], of, None)
