@@ -125,7 +125,9 @@ def _compiled(name: str, device: torch.device, macros: tuple[tuple[str, int], ..
         module = cupy.RawModule(code=source(name), options=options(dict(macros)))
         try:
             function = module.get_function(name)
-            function.max_dynamic_shared_size_bytes = shared_bytes
+            # CuPy gives out one function for equal macros: what another size asked for must stay allowed.
+            if shared_bytes > function.max_dynamic_shared_size_bytes:
+                function.max_dynamic_shared_size_bytes = shared_bytes
         except cupy.cuda.compiler.CompileException as error:
             raise KernelBuildError(f"{name} {dict(macros)}: {error}") from error
     return Kernel(name, device, function, torch.cuda.get_device_capability(device)[0] >= 9)

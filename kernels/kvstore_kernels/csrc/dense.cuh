@@ -3,10 +3,11 @@
 // A warp reads a row of keys with four lanes, 32 channels at once, and four rows a lane: lane (g, t) has channels 8t .. 8t + 7 of
 // every 32 of tokens 8j + g, j < 4, and ends with the logits of token 8t + g. All sums are float32, and which other rows
 // and tokens stand beside one does not change the order of its sum.
+// Macros: HEAD_DIM, QUERY, KEYS, ROWS, SOFT_CAP, WARPS, PIECES (of 32 channels, to ask for at once), SHORT_SUMS (more exact, by one
+// more sum for eight channels).
 #pragma once
 #include "ptx.cuh"
 
-#define WARPS 4
 #define TILE 32  // tokens
 #define LOWEST -1e30f
 
@@ -61,7 +62,7 @@ __device__ __forceinline__ void dots(float (&dot)[ROWS], const float* queries, c
     float sum[ROWS][4] = {};
 #pragma unroll
     for (int j = 0; j < 4; j++) at[j] = (min(first + 8 * j + g, end - 1) * heads + h) * HEAD_DIM + 8 * t;
-#pragma unroll (KEYS ? 2 : 1)
+#pragma unroll (PIECES)
     for (int channel = 0; channel < HEAD_DIM; channel += 32) {
         float k[4][8];
 #pragma unroll
@@ -72,10 +73,10 @@ __device__ __forceinline__ void dots(float (&dot)[ROWS], const float* queries, c
             load_8<0>(q, queries, r * HEAD_DIM + channel + 8 * t);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                float part = q[0] * k[j][0];  // short sums of short sums err less than one long sum
+                float part = SHORT_SUMS ? 0 : sum[r][j];
 #pragma unroll
-                for (int c = 1; c < 8; c++) part = fmaf(q[c], k[j][c], part);
-                sum[r][j] += part;
+                for (int c = 0; c < 8; c++) part = fmaf(q[c], k[j][c], part);
+                sum[r][j] = SHORT_SUMS ? sum[r][j] + part : part;
             }
         }
     }
@@ -90,5 +91,9 @@ __device__ __forceinline__ void dots(float (&dot)[ROWS], const float* queries, c
     }
 }
 
-// The logit of a dot product; with a cap `unit` makes it a multiple of the cap.
-__device__ __forceinline__ float logit_of(float dot, float unit, float cap) { return SOFT_CAP ? cap * tanhf(dot * unit) : dot * unit; }
+// The logit of a dot product; with a cap `unit` makes it a multiple of the cap. Its product is never fused with a sum that
+// follows: whether the compiler does so depends on ROWS.
+__device__ __forceinline__ float logit_of(float dot, float unit, float cap) {
+    const float logit = __fmul_rn(dot, unit);
+    return SOFT_CAP ? __fmul_rn(cap, tanhf(logit)) : logit;
+}

@@ -9,7 +9,7 @@
 #define WARPS 8
 #define SHARE (HEAD_DIM / 32)
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
     dense_merge(const float* __restrict__ partials, const float* __restrict__ sums, float* __restrict__ out,
                 float* __restrict__ lse, i64 splits, i64 query_heads, i64 group) {
     __shared__ float parts[WARPS][HEAD_DIM];

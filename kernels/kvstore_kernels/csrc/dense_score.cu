@@ -5,6 +5,12 @@
 //
 // q [T, Hq, HEAD_DIM] of QUERY, keys [N, H, HEAD_DIM] of KEYS (0 float32, 1 float16, 2 bfloat16); out float32 [T, Hq, N].
 // Macros: HEAD_DIM, QUERY, KEYS, ROWS, SOFT_CAP.
+//
+// One H100, 131,072 float16 tokens x 8 heads x 128, of a copy's 2.9 TB/s: 4 query rows a head 146 us with a block for every 256 tokens;
+// 109 us (89 %) with splits, 94 % at 1,048,576 tokens.
+#define WARPS 4
+#define PIECES (KEYS ? 2 : 1)
+#define SHORT_SUMS 1
 #include "dense.cuh"
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 3)

@@ -14,9 +14,7 @@
 #define WEIGHTS (CODED + CODED_ENERGY * GROUPS)
 #define CONSTANTS (WEIGHTS + GROUPS * PLANES)
 #define GRAINS (32 / GRAIN)
-#define PLANE_TILES (PLANES > 3 ? 1 : 2)  // at a time: registers hold what they bring
-#define FEW (2 * PLANE_TILES)           // columns a step
-#define UNIT_STEPS (16 / PLANE_TILES)
+#define UNIT_STEPS 16  // of `project`, a tile at a time: registers hold no more of what comes with it
 
 struct Planes {
     const float4* columns;
@@ -38,29 +36,24 @@ struct Planes {
         for (int i = threadIdx.x; i < code.words * GRAINS / 4; i += WARPS * 32) own_rows[i] = all_rows[(i64)code.word * GRAINS / 4 + i];
     }
 
-    // A constant of the columns of a step.
-    __device__ __forceinline__ void load(float (&v)[FEW], int which, int step) const {
-        const float4* from = columns + which * constant + step * FEW / 4 * 4 + (threadIdx.x & 3);
-        if (FEW == 4) {
-            v[0] = from->x, v[1] = from->y, v[FEW - 2] = from->z, v[FEW - 1] = from->w;
-        } else {
-            const float2 two = ((const float2*)from)[step % 2];
-            v[0] = two.x, v[1] = two.y;
-        }
+    // A constant of the two columns of a step.
+    __device__ __forceinline__ void load(float (&v)[2], int which, int step) const {
+        const float2 both = ((const float2*)(columns + which * constant + step / 2 * 4 + (threadIdx.x & 3)))[step % 2];
+        v[0] = both.x, v[1] = both.y;
     }
 
     // 1 / the token's rms of z / sigma over coded coordinates, in each lane; coded energy.
     __device__ __forceinline__ void take_gains(Tile& tile, float (&inverse_gain)[ROWS], const uint4* matrix, const float share, int units) const {
         float square[ROWS] = {}, energy[GROUPS][ROWS] = {};
-        project<PLANE_TILES>(tile, matrix, units * UNIT_STEPS, [&](int step, const float (&z)[ROWS][FEW]) {
-            float inverse_sigma[FEW], coded[GROUPS][FEW];
+        project<1>(tile, matrix, units * UNIT_STEPS, [&](int step, const float (&z)[ROWS][2]) {
+            float inverse_sigma[2], coded[GROUPS][2];
             load(inverse_sigma, 0, step);
 #pragma unroll
             for (int group = 0; group < CODED_ENERGY * GROUPS; group++) load(coded[group], CODED + group, step);
 #pragma unroll
             for (int r = 0; r < ROWS; r++)
 #pragma unroll
-                for (int i = 0; i < FEW; i++) {
+                for (int i = 0; i < 2; i++) {
                     square[r] += (z[r][i] * inverse_sigma[i]) * (z[r][i] * inverse_sigma[i]);
 #pragma unroll
                     for (int group = 0; group < CODED_ENERGY * GROUPS; group++)
@@ -86,8 +79,8 @@ struct Planes {
     // Plane words of one unit, each bit the other way round, and <z, y> of each group over this lane's columns.
     __device__ __forceinline__ void take_unit(const Tile& tile, const float (&inverse_gain)[ROWS], const uint4* matrix, int unit,
                                               u32 (&plane)[PLANES][ROWS], float (&along)[GROUPS][ROWS]) const {
-        project<PLANE_TILES>(tile, matrix + unit * UNIT_PIECES, UNIT_STEPS, [&](int step, const float (&z)[ROWS][FEW]) {
-            float inverse_width[FEW], half[FEW], last[FEW], weight[GROUPS * PLANES][FEW];
+        project<1>(tile, matrix + unit * UNIT_PIECES, UNIT_STEPS, [&](int step, const float (&z)[ROWS][2]) {
+            float inverse_width[2], half[2], last[2], weight[GROUPS * PLANES][2];
             load(inverse_width, 1, unit * UNIT_STEPS + step);
             load(half, 2, unit * UNIT_STEPS + step);
             load(last, 3, unit * UNIT_STEPS + step);
@@ -96,7 +89,7 @@ struct Planes {
 #pragma unroll
             for (int r = 0; r < ROWS; r++)
 #pragma unroll
-                for (int i = 0; i < FEW; i++) {
+                for (int i = 0; i < 2; i++) {
                     const u32 cell = cell_of(z[r][i], inverse_width[i] * inverse_gain[r], half[i], last[i]);
                     float y[GROUPS] = {};
 #pragma unroll

@@ -7,7 +7,7 @@
 #define ROWS (2 * TILES)
 #define UNIT_PIECES (16 * PIECES * 32)  // 16-byte pieces of the matrix in a unit of 128 columns
 #define MEAN_ROW (HEAD_DIM + 4)         // numbers: two heads' rows begin in different banks
-#define RAW_PIECES (ROWS * PIECES * (INPUT ? 1 : 2) * 32)
+#define RAW_PIECES (ROWS * PIECES * PARTS * 32)
 
 // Where one head's sketch lies in a token's row, and the greatest magnitude of its mean, which the kernel fills in.
 struct Place {
@@ -46,7 +46,7 @@ struct Owned {
 
     __device__ __forceinline__ Owned(int first, const Source& source) {
         const int vector = first + 8 * (threadIdx.x % ROWS) + (threadIdx.x >> 2 & 7);
-        present = vector < source.count && (threadIdx.x & 3) < ROWS;
+        present = vector < source.count;
         token = min(vector, source.count - 1) / source.shared_heads;
         slot = min(vector, source.count - 1) - token * source.shared_heads;
     }
@@ -150,19 +150,6 @@ __device__ __forceinline__ void fill(Tile& tile, const float (&scale)[ROWS], con
 #pragma unroll
         for (int r = 0; r < ROWS; r++) keep_own(tile.energy[group], quad_sum(energy[group][r]), r);
 }
-
-// The tile from `first` on, whose copies in `raw` have arrived. Where the words of the vector that the lane answers for
-// begin, from those of the tile's first token; -1 if there is none.
-__device__ __forceinline__ int read_tile(Tile& tile, const uint4* raw, const Source& source, const Owned& owned, const Means& means,
-                                         const float* support, i64* not_finite, int first, i64 heads) {
-    float scale[ROWS];
-    find_scales(scale, tile, raw, owned, means, not_finite, heads);
-    fill(tile, scale, raw, owned, means, support);
-    return owned.present ? (owned.token - first / source.shared_heads) * source.width + means.places[owned.slot].word : -1;
-}
-
-// Makes the compiler compute again what follows from `value`, which it else keeps in registers.
-__device__ __forceinline__ void forget(int& value) { asm volatile("" : "+r"(value)); }
 
 // Columns of z = A B, 2 N neighbours of a lane's word at a time: take(step, z) with z[r] of row r the columns from
 // 31 - 2 N step down. A unit has 16 / N steps.

@@ -10,10 +10,10 @@ from kvstore_kernels.cuda.attend import LOG2_E
 from kvstore_kernels.cuda.expand import QUERY_DTYPES
 from kvstore_kernels.shapes import query_group
 
-WARPS = 4
-BLOCK_TOKENS = 128
-SPLITS_MOST = 256
-MERGE_WARPS = 8
+SCORE_WARPS = 4
+WARPS = 8
+TILE_TOKENS = 32
+SPLITS_MOST = 128
 ROWS_MOST = 4
 """Query rows of a block."""
 ALIGNMENT = 16
@@ -47,7 +47,7 @@ def variants(head_dim: int, dtype: torch.dtype) -> Iterator[build.Variant]:
 
 def shared_bytes(m: build.Macros) -> int:
     """What dense_attend.cu lays out."""
-    return 4 * m["ROWS"] * max(WARPS * m["HEAD_DIM"], m["HEAD_DIM"] + BLOCK_TOKENS)
+    return 4 * m["ROWS"] * max(WARPS * m["HEAD_DIM"], m["HEAD_DIM"] + WARPS * TILE_TOKENS)
 
 
 def score(q: Tensor, keys: Tensor, *, sm_scale: float, logit_soft_cap: float = 0.0) -> Tensor:
@@ -57,10 +57,11 @@ def score(q: Tensor, keys: Tensor, *, sm_scale: float, logit_soft_cap: float = 0
     rows = q.shape[0] * group
     out = torch.empty(*q.shape[:2], tokens, dtype=torch.float32, device=q.device)
     if out.numel():
-        m, split = macros(q.dtype, keys.dtype, head_dim, rows, soft_cap=bool(logit_soft_cap)), split_tokens(tokens)
+        m = macros(q.dtype, keys.dtype, head_dim, rows, soft_cap=bool(logit_soft_cap))
+        split = split_tokens(tokens, SCORE_WARPS)
         build.kernel("dense_score", q.device, m).launch(
-            (-(-tokens // split) * -(-rows // m["ROWS"]), heads, 1), WARPS * 32, 0, _whole(q), _whole(keys), out, tokens,
-            split, rows, q.shape[1], group, sm_scale / (logit_soft_cap or 1.0), float(logit_soft_cap),
+            (-(-tokens // split) * -(-rows // m["ROWS"]), heads, 1), SCORE_WARPS * 32, 0, _whole(q), _whole(keys), out,
+            tokens, split, rows, q.shape[1], group, sm_scale / (logit_soft_cap or 1.0), float(logit_soft_cap),
         )  # fmt: skip
     return out
 
@@ -83,7 +84,7 @@ def attend(
         return out.zero_(), lse.fill_(-torch.inf)
     m = macros(q.dtype, keys.dtype, head_dim, rows, soft_cap=bool(logit_soft_cap))
     m["VALUES"] = macros(q.dtype, values.dtype, head_dim, rows, soft_cap=False)["KEYS"]
-    split, shared = split_tokens(tokens), shared_bytes(m)
+    split, shared = split_tokens(tokens, WARPS), shared_bytes(m)
     splits = -(-tokens // split)
     partials = torch.empty(heads, splits, rows, head_dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(heads, splits, rows, 2, dtype=torch.float32, device=q.device)
@@ -94,14 +95,15 @@ def attend(
         partials, sums, tokens, split, rows, q.shape[1], group, unit, cap,
     )  # fmt: skip
     build.kernel("dense_merge", q.device, {"HEAD_DIM": head_dim}).launch(
-        (rows, heads, 1), MERGE_WARPS * 32, 0, partials, sums, out, lse, splits, q.shape[1], group, follows=True
+        (rows, heads, 1), WARPS * 32, 0, partials, sums, out, lse, splits, q.shape[1], group, follows=True
     )
     return out, lse
 
 
-def split_tokens(tokens: int) -> int:
-    """Tokens of one split, fixed by how many there are: whole rounds of a block."""
-    return BLOCK_TOKENS * -(-tokens // (BLOCK_TOKENS * SPLITS_MOST))
+def split_tokens(tokens: int, warps: int) -> int:
+    """Tokens of one split, fixed by how many there are: whole rounds of a block of `warps`."""
+    round_tokens = warps * TILE_TOKENS
+    return round_tokens * -(-tokens // (round_tokens * SPLITS_MOST))
 
 
 def _whole(x: Tensor) -> Tensor:

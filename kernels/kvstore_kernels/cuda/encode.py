@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kvstore_kernels import build
 from kvstore_kernels.cuda import affine
-from kvstore_kernels.cuda.encoders import UNIT, DeviceCodes, on_device
+from kvstore_kernels.cuda.encoders import UNIT, DeviceCodes, Specialised, on_device
 from kvstore_kernels.cuda.encoding import INPUTS, Encoding, check, empty_signs, new_record, readable
 from kvstore_kernels.reference.encode import check_shape
 from kvstore_kernels.types import WORD_ROWS, Encoder, SignEncoder, Signs
@@ -13,8 +13,9 @@ from kvstore_kernels.types import WORD_ROWS, Encoder, SignEncoder, Signs
 RESERVED_BYTES = 1024
 """Of a multiprocessor's shared memory, for each block."""
 WARPS = (12, 8, 4)
-"""Of a block: the first number with which it fits a multiprocessor, and its registers hold what a warp needs."""
+"""A block may have; the first only where registers for it suffice."""
 LIGHT_HEAD_DIM = 128
+"""The widest vectors of which a warp holds 32."""
 
 
 def macros(codes: DeviceCodes, encoder: SignEncoder, dtype: torch.dtype) -> build.Macros:
@@ -28,7 +29,7 @@ def macros(codes: DeviceCodes, encoder: SignEncoder, dtype: torch.dtype) -> buil
         "SUPPORT": int(not codes.whole),
         "NORM": int(encoder.norm_factor is not None),
         "CODED_ENERGY": int(encoder.coded_energy),
-        "ALIKE": int(codes.alike),
+        "ALIKE": int(codes.alike and not codes.planes),
         "PLANES": codes.planes,
         "GRAIN": codes.grain,
     }
@@ -36,7 +37,7 @@ def macros(codes: DeviceCodes, encoder: SignEncoder, dtype: torch.dtype) -> buil
 
 def shared_bytes(m: build.Macros, codes: DeviceCodes) -> int:
     """What encode.cu lays out."""
-    means = 32 + codes.heads * (16 + 4 * (m["HEAD_DIM"] + 4)) + 4 * m["SUPPORT"] * m["GROUPS"] * m["HEAD_DIM"]
+    means = codes.heads * (16 + 4 * (m["HEAD_DIM"] + 4)) + 4 * m["SUPPORT"] * m["GROUPS"] * m["HEAD_DIM"]
     vectors = m["WARPS"] * 16 * m["TILES"]
     columns = codes.units * UNIT
     together = means + vectors * m["HEAD_DIM"] * (2 if m["INPUT"] else 4) + 2 * m["RESIDENT"] * columns * m["HEAD_DIM"]
@@ -48,14 +49,23 @@ def shared_bytes(m: build.Macros, codes: DeviceCodes) -> int:
 
 
 def _placed(m: build.Macros, codes: DeviceCodes, most: int) -> build.Macros:
-    """`m` with the matrix in `most` bytes of shared memory if it fits, and with as many warps as fit then."""
-    light = m["HEAD_DIM"] <= LIGHT_HEAD_DIM and not m["SUPPORT"]
+    """`m` with the matrix in `most` bytes of shared memory if it fits, and as many warps as they and registers hold."""
+    light = m["PLANES"] > 1 or (m["ALIKE"] and not m["NORM"])
+    light = light and m["HEAD_DIM"] <= LIGHT_HEAD_DIM and not m["SUPPORT"]
     for resident in (1, 0):
         for warps in WARPS[0 if light and resident else 1 :]:
             placed = {**m, "WARPS": warps, "RESIDENT": resident}
             if shared_bytes(placed, codes) <= most:
                 return placed
     raise ValueError(f"a sketch of {codes.words} words a head does not fit {most} bytes of shared memory")
+
+
+def _specialise(codes: DeviceCodes, encoder: SignEncoder, dtype: torch.dtype, device: torch.device) -> Specialised:
+    most = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - RESERVED_BYTES
+    m = _placed(macros(codes, encoder, dtype), codes, most)
+    # One limit for all launches of a kernel: CuPy shares a module between those that set it.
+    kernel = build.kernel("encode", device, m, most)
+    return Specialised(kernel, 16 * m["TILES"], 32 * m["WARPS"], shared_bytes(m, codes))
 
 
 def _prepare(x: Tensor, encoder: Encoder, record: Tensor) -> Encoding:
@@ -66,13 +76,13 @@ def _prepare(x: Tensor, encoder: Encoder, record: Tensor) -> Encoding:
     signs = empty_signs(len(x), layout, device)
     ready = on_device(encoder, device)
     codes = ready.codes
-    most = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - RESERVED_BYTES
-    m = _placed(macros(codes, encoder, x.dtype), codes, most)
-    tiles = -(-len(x) * codes.heads // (16 * m["TILES"]))
+    if x.dtype not in ready.kernels:
+        ready.kernels[x.dtype] = _specialise(codes, encoder, x.dtype, device)
+    own = ready.kernels[x.dtype]
+    tiles = -(-len(x) * codes.heads // own.tile_vectors)
     blocks = max(1, build.multiprocessors(device) // len(codes.codes))
     return Encoding(
-        signs, record, build.kernel("encode", device, m, most), (min(tiles, blocks), len(codes.codes), 1),
-        m["WARPS"] * 32, shared_bytes(m, codes),
+        signs, record, own.kernel, (min(tiles, blocks), len(codes.codes), 1), own.threads, own.shared_bytes,
         (x, ready.mean, codes.codes, codes.places, codes.matrix, codes.word_groups, codes.columns, codes.rows,
          codes.support, codes.norm_factor, signs.words, signs.scales, record, len(x), x.stride(0), layout.heads,
          layout.words, layout.scales, codes.heads, codes.units, codes.words),

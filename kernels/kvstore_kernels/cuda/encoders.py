@@ -1,12 +1,13 @@
 """A sign encoder's tensors as csrc/encode.cu wants them."""
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from kvstore_kernels import build
 from kvstore_kernels.reference.encode import group_levels, step_widths
 from kvstore_kernels.types import WORD_ROWS, HeadEncoder, SignEncoder, SignLayout
 
@@ -44,11 +45,22 @@ class DeviceCodes:
 
 
 @dataclass(frozen=True)
+class Specialised:
+    """The kernel for vectors of one dtype, and what its launch depends on."""
+
+    kernel: build.Kernel
+    tile_vectors: int
+    threads: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
 class DeviceEncoder:
-    """`codes` with the means [H, D] float32 of one session."""
+    """`codes` with the means [H, D] float32 of one session, and the kernels that it has met."""
 
     codes: DeviceCodes
     mean: Tensor
+    kernels: dict[torch.dtype, Specialised] = field(default_factory=dict)
 
 
 _ready: dict[tuple[int, torch.device], DeviceEncoder] = {}
