@@ -1,12 +1,11 @@
 """Min/max codes of groups of channels: the affine codec's side of `encode`."""
 
-import weakref
-
 import torch
 from torch import Tensor
 
 from kvstore_kernels import build
 from kvstore_kernels.cuda.encoding import INPUTS, Encoding, empty_signs, readable
+from kvstore_kernels.cuda.kept import kept
 from kvstore_kernels.types import AffineEncoder
 
 THREADS = 256
@@ -17,19 +16,13 @@ def macros(encoder: AffineEncoder, dtype: torch.dtype) -> build.Macros:
     return {"HEAD_DIM": encoder.layout.head_dim, "INPUT": INPUTS[dtype], "PLANES": encoder.planes}
 
 
-_ready: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-
-
+@kept
 def _on_device(encoder: AffineEncoder, device: torch.device) -> tuple[Tensor, Tensor]:
     """The mean [H, D] float32 and, int32 [H, 2], each head's first word (-1 if it has none) and scale."""
-    key = (id(encoder), device)
-    if key not in _ready:
-        layout = encoder.layout
-        starts = zip(layout.word_starts, layout.scale_starts, layout.word_groups, strict=False)
-        places = [(word if groups else -1, scale) for word, scale, groups in starts]
-        _ready[key] = (encoder.mean.float().contiguous().to(device), torch.tensor(places).int().to(device))
-        weakref.finalize(encoder, _ready.pop, key, None)
-    return _ready[key]
+    layout = encoder.layout
+    starts = zip(layout.word_starts, layout.scale_starts, layout.word_groups, strict=False)
+    places = [(word if groups else -1, scale) for word, scale, groups in starts]
+    return encoder.mean.float().contiguous().to(device), torch.tensor(places).int().to(device)
 
 
 def prepare(x: Tensor, encoder: AffineEncoder, record: Tensor) -> Encoding:

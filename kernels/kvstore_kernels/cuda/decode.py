@@ -1,6 +1,5 @@
 """Vectors rebuilt from token-major sketches on the device."""
 
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvstore_kernels import build
+from kvstore_kernels.cuda.kept import kept
 from kvstore_kernels.types import WORD_ROWS, Expansion, Signs
 
 SLICE = 32
@@ -96,18 +96,6 @@ def decode(signs: Signs, expansion: Expansion, dtype: torch.dtype = torch.float3
     return out
 
 
-_ready: dict[tuple[int, torch.device], Factors] = {}
-
-
-def factors_of(expansion: Expansion, device: torch.device) -> Factors:
-    """Made at the expansion's first use, and kept as long as it lives."""
-    key = (id(expansion), device)
-    if key not in _ready:
-        _ready[key] = _prepare(expansion, device)
-        weakref.finalize(expansion, _ready.pop, key, None)
-    return _ready[key]
-
-
 def _steps(expansion: Expansion, head: int) -> list[tuple[int, int, int]]:
     """Words of a head in twos that share a scale: (group, word, word), the second -1 where there is none."""
     groups = expansion.layout.word_groups[head][: expansion.read_words(head)]
@@ -118,7 +106,9 @@ def _steps(expansion: Expansion, head: int) -> list[tuple[int, int, int]]:
     return steps
 
 
-def _prepare(expansion: Expansion, device: torch.device) -> Factors:
+@kept
+def factors_of(expansion: Expansion, device: torch.device) -> Factors:
+    """What the kernel wants of `expansion`."""
     layout = expansion.layout
     slices, groups = layout.head_dim // SLICE, layout.groups
     steps_of = [_steps(expansion, head) for head in range(layout.heads)]

@@ -1,6 +1,5 @@
 """A sign encoder's tensors as csrc/encode.cu wants them."""
 
-import weakref
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvstore_kernels import build
+from kvstore_kernels.cuda.kept import kept
 from kvstore_kernels.reference.encode import group_levels, step_widths
 from kvstore_kernels.types import WORD_ROWS, HeadEncoder, SignEncoder, SignLayout
 
@@ -63,18 +63,12 @@ class DeviceEncoder:
     kernels: dict[torch.dtype, Specialised] = field(default_factory=dict)
 
 
-_ready: dict[tuple[int, torch.device], DeviceEncoder] = {}
-
-
+@kept
 def on_device(encoder: SignEncoder, device: torch.device) -> DeviceEncoder:
-    """`encoder` as the kernel wants it, made at its first use and kept as long as it lives."""
-    key = (id(encoder), device)
-    if key not in _ready:
-        norm_factor, coded_energy = encoder.norm_factor, encoder.coded_energy
-        codes = _codes(encoder.heads, encoder.layout, encoder.support, norm_factor, coded_energy, device)
-        _ready[key] = DeviceEncoder(codes, encoder.mean.float().contiguous().to(device))
-        weakref.finalize(encoder, _ready.pop, key, None)
-    return _ready[key]
+    """`encoder` as the kernel wants it."""
+    norm_factor, coded_energy = encoder.norm_factor, encoder.coded_energy
+    codes = _codes(encoder.heads, encoder.layout, encoder.support, norm_factor, coded_energy, device)
+    return DeviceEncoder(codes, encoder.mean.float().contiguous().to(device))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ its scales, as `csrc/logits.cuh` and `csrc/attend.cu` say. Position n lies in pa
 read.
 """
 
-import weakref
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -13,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from kvstore_kernels.cuda.kept import kept
 from kvstore_kernels.types import WORD_ROWS, Expansion, SignLayout
 
 PAGE_TOKENS = 256
@@ -87,19 +87,9 @@ def key_blocks(layout: SignLayout, device: torch.device) -> Tensor:
     return torch.tensor([starts, counts], dtype=torch.int32).to(device)
 
 
-_ready: dict[tuple[int, torch.device], DeviceExpansion] = {}
-
-
+@kept
 def on_device(expansion: Expansion, device: torch.device) -> DeviceExpansion:
-    """`expansion` as the kernels want it, made at its first use and kept as long as it lives."""
-    key = (id(expansion), device)
-    if key not in _ready:
-        _ready[key] = _prepare(expansion, device)
-        weakref.finalize(expansion, _ready.pop, key, None)
-    return _ready[key]
-
-
-def _prepare(expansion: Expansion, device: torch.device) -> DeviceExpansion:
+    """`expansion` as the kernels want it."""
     layout = expansion.layout
     words = [expansion.read_words(head) for head in range(layout.heads)]
     width = max(1, *words) * WORD_ROWS
