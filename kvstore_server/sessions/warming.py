@@ -2,6 +2,7 @@
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 
@@ -11,6 +12,7 @@ from kvstore_codecs.spec import CodecSpec, ModelShape
 from kvstore_kernels import Backend, DenseRows, Rows, SignRows, as_torch_dtype
 
 LOG = logging.getLogger(__name__)
+WAIT_SECONDS = 300.0
 TOKENS = 8
 QUERY_TOKENS = (1, 2, 4, 8, 16, 32)
 """Kernels are specialised for few and for many query rows."""
@@ -32,8 +34,9 @@ class Warmer:
             self._thread.submit(self._warm, spec, shape)
 
     def wait(self) -> None:
-        """Returns when all that was begun is done."""
-        self._thread.submit(lambda: None).result()
+        """Returns when all that was begun is done, or has taken too long to wait for."""
+        with suppress(TimeoutError):
+            self._thread.submit(lambda: None).result(WAIT_SECONDS)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

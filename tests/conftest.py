@@ -1,9 +1,11 @@
+"""Servers that several folders test against."""
+
 from collections.abc import Generator
 
 import pytest
 
-from ..redis_server import RedisServer, binaries, running
-from ..s3_server import S3Server, s3_server
+from .redis_server import RedisServer, binaries, running
+from .s3_server import S3Server, s3_server
 
 
 @pytest.fixture(scope="session")
