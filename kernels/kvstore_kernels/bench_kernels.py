@@ -191,7 +191,7 @@ def bench_vectors(bench: Bench, tokens: int = 131_072) -> None:
     expansion = Expansion(layout, (blocks / 256,) * HEADS, (torch.ones(256),) * HEADS, torch.randn(HEADS, 128), 8)
     signs = [encode.launch(each, encoder)[0] for each in x[:2]]
     decoded = median_us([lambda s=s: decode.decode(s, expansion, torch.float16) for s in signs])
-    bench.add("decode to fp16", shape, decoded, size, "its bytes out alone")
+    bench.add("decode to fp16", shape, decoded, size)
 
 
 def run(only: str = "") -> tuple[str, list[Measurement]]:
