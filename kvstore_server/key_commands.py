@@ -49,9 +49,8 @@ def create(
 def list_keys(config: ConfigOption = None, data: DataOption = None) -> None:
     """Every key: whose, which role, until when."""
     table = Table()
-    for name in ("id", "tenant", "in logs", "role", "expires", "state"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("label", overflow="fold")
+    for name in ("id", "tenant", "in logs", "role", "expires", "state", "label"):
+        table.add_column(name, overflow="fold", no_wrap=name == "id")
     with _store(config, data) as store:
         for key in store.all().values():
             table.add_row(key.id, *_facts(key))
@@ -72,7 +71,7 @@ def _facts(key: StoredKey) -> tuple[str, ...]:
         return "", "", "", "", "unreadable", ""
     state = "revoked" if key.revoked else "expired" if record.expired(time.time()) else "good"
     expires = record.expires_unix_seconds
-    until = "never" if expires is None else datetime.fromtimestamp(expires, UTC).strftime("%Y-%m-%d %H:%M")
+    until = "never" if expires is None else datetime.fromtimestamp(expires, UTC).strftime("%Y-%m-%d")
     return record.tenant, pseudonym(record.tenant), record.role, until, state, record.label
 
 
