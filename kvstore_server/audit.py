@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
@@ -21,10 +22,19 @@ class _File(WatchedFileHandler):
 
     lost = 0
 
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # from opening: what goes wrong in writing comes to handleError by itself
+            self.handleError(record)
+
     def handleError(self, record: logging.LogRecord) -> None:
         if not self.lost:
             LOG.critical("the audit log cannot be written")
         self.lost += 1
+
+    def _open(self) -> TextIOWrapper:
+        return open(self.baseFilename, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600))
 
 
 class AuditLog:
@@ -36,10 +46,7 @@ class AuditLog:
     def __init__(self, file: Path | None, redact: Redactor, clock: Callable[[], float] = time.time) -> None:
         self._redact, self._clock = redact, clock
         self._second, self._failures, self._left_out = 0, 0, 0
-        self._file = None
-        if file is not None:
-            os.close(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600))
-            self._file = _File(file, encoding="utf-8")
+        self._file = None if file is None else _File(file)
 
     @property
     def lost(self) -> int:

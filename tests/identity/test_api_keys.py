@@ -57,7 +57,7 @@ def test_a_record_is_read_as_it_was_written_and_under_its_own_name_only() -> Non
     data = write_key_record(record)
     assert read_key_record(data, record.id) == record
     for wrong in (data + b" " * 5000, b"{}", b"", b"\xff"):
-        with pytest.raises(ValueError, match="key record|KeyRecord"):
+        with pytest.raises(ValueError, match=r"key record|KeyRecord"):
             read_key_record(wrong, record.id)
     with pytest.raises(ValueError, match="another key"):
         read_key_record(data, "0" * 16)
