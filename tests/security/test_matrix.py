@@ -76,9 +76,10 @@ class Matrix:
         answers: dict[str, Answer] = {}
         work: dict[str, list[str]] = {}
         for target, name in names.items():
-            await self._quiet()
+            await self._settle()
+            self._recorder.operations.clear()
             answer = await ask(identity.transport, method, REQUESTS[method](name))
-            await self._quiet()
+            await self._settle()
             answers[target] = _without(name, answer)
             work[target] = [" ".join(each).replace(name, "NAME") for each in self._recorder.operations]
             self.cells += 1
@@ -112,10 +113,9 @@ class Matrix:
             answer = await ask(admin, method, requests)
             assert answer.code == "OK", answer
 
-    async def _quiet(self) -> None:
-        """Nothing that an earlier call left to do is noted any more."""
+    async def _settle(self) -> None:
+        """Nothing that an earlier call left to do comes later."""
         await self._server.sessions._indexing.flush()  # pyright: ignore[reportPrivateUsage]
-        self._recorder.operations.clear()
 
     async def _changes_in_foreign_sessions(self) -> list[str]:
         """Of those that the callers of tenant a asked for in tenant b."""
