@@ -7,6 +7,7 @@ from kvstore_codecs.spec import Affine, Matryoshka, Projected, Qjl, Raw, Rotated
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_server.errors import InvalidArgument
 from kvstore_server.rpc import convert
+from kvstore_server.rpc.append_messages import CutFrame
 from kvstore_server.rpc.attend_stream import AttendStream
 from kvstore_server.rpc.authentication import Call
 from kvstore_server.rpc.fetch_stream import fetch_responses
@@ -101,17 +102,15 @@ class KVStoreServicer:
             generation=loaded.generation, length=loaded.length, resident_bytes=loaded.resident_bytes
         )
 
-    async def Append(self, requests: AsyncIterator[pb.AppendRequest], call: Call) -> pb.AppendResponse:
+    async def Append(self, requests: AsyncIterator[pb.AppendRequest | CutFrame], call: Call) -> pb.AppendResponse:
         incoming = aiter(requests)
         first = await anext(incoming, None)
-        if first is None or first.WhichOneof("body") != "header":
+        if not isinstance(first, pb.AppendRequest) or first.WhichOneof("body") != "header":
             raise InvalidArgument("header", "the first message must be the header")
         header = convert.header_from(first.header)
         async with self._sessions.appending.begin(call.tenant, header, call.deadline) as append:
             async for request in incoming:
-                if request.WhichOneof("body") != "frame":
-                    raise InvalidArgument("frame", "every message after the header must be a frame")
-                append.add(convert.frame_from(request.frame))
+                await append.add(convert.frame_from(request))
             result = await append.commit()
         return pb.AppendResponse(
             generation=result.generation,
