@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvstore_server.storage import commit_log, log_reader, meta_log
+from kvstore_server.storage import log_reader, log_view, meta_log
 from kvstore_server.storage.bucket import BucketStore
 from kvstore_server.storage.commit_log import CommitLog
 from kvstore_server.storage.local import LocalStore
@@ -38,7 +38,7 @@ def _by_content(parse: Callable[..., Any]) -> Callable[..., Any]:
 def parse_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meta_log, "read_record", _by_content(meta_log.read_record))
     monkeypatch.setattr(log_reader, "read_header", _by_content(log_reader.read_header))
-    monkeypatch.setattr(commit_log, "inspect_segment", _by_content(commit_log.inspect_segment))
+    monkeypatch.setattr(log_view, "inspect_segment", _by_content(log_view.inspect_segment))
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,11 @@ import pytest
 
 from kvstore_server.errors import DataLoss, KVStoreError
 from kvstore_server.storage import commit_log as commit_log_module
-from kvstore_server.storage import meta_log
+from kvstore_server.storage import merging, meta_log
 from kvstore_server.storage.collecting import Collector
 from kvstore_server.storage.commit_log import AlreadyPresent, Committed
 from kvstore_server.storage.keys import log_folder, refs_folder
+from kvstore_server.storage.merging import MergeBounds, Merger
 from kvstore_server.storage.meta_log import MetaLog
 from kvstore_server.storage.segment import Segment, write_segment
 from kvstore_server.storage.session_state import SessionState
@@ -25,7 +26,7 @@ from kvstore_server.storage.store import Buffer, ObjectStore
 from .facts import facts_of
 from .inputs import CLOCK_SECONDS, SHAPE, SPEC, TENANT, append, commit_log, next_segment
 from .memory_store import MemoryStore
-from .records import checkpoint
+from .records import of_newer_version
 
 Objects = dict[str, bytes]
 Answers = tuple[Any, ...]
@@ -201,9 +202,34 @@ def collector(store: ObjectStore) -> Any:
     return "collected"
 
 
-def checkpointer(store: ObjectStore) -> Any:
+def merger(store: ObjectStore) -> Any:
+    """Merges what it finds."""
+    state = living(store)
+    if state is None:
+        return "nothing there"
+    return Merger(store, TENANT, MergeBounds(2, 1 << 20), lambda: CLOCK_SECONDS).merge(state) or "nothing merged"
+
+
+def reader(store: ObjectStore) -> Any:
+    """Reads every append to its last byte."""
+    state = living(store)
+    if state is None:
+        return "nothing there"
+    log = commit_log(store)
+    return tuple((entry.start, entry.digest) for entry in log.appends(state) if log.read(state, entry))
+
+
+def child_reader(store: ObjectStore) -> Any:
+    """As reader, of the session `child`."""
+    log = commit_log(store)
+    state = log.load("child")
+    assert state
+    return tuple((entry.start, entry.digest) for entry in log.appends(state) if log.read(state, entry))
+
+
+def newer_version(store: ObjectStore) -> Any:
     """A newer version publishes a record that this one cannot read."""
-    store.put_if_absent(f"{TENANT}/a/meta/000000000001.json", [checkpoint("a", 1)])
+    store.put_if_absent(f"{TENANT}/a/meta/000000000001.json", [of_newer_version("a", 1)])
     return "published"
 
 
@@ -250,6 +276,17 @@ def check_no_claim_over_unknown_records(outcomes: dict[str, Outcome]) -> None:
             raise Violation(f"{name} claims a commit that a newer version may have superseded")
 
 
+def check_merging(outcomes: dict[str, Outcome]) -> None:
+    """As check_appends, and no reader misses or mistakes what was there before."""
+    check_appends(outcomes)
+    for name, outcome in outcomes.items():
+        if "read" in name and outcome.answer[:2] != TWO_APPENDS:
+            raise Violation(f"{name} finds {outcome.answer}")
+        found = facts_of(MemoryStore(dict(outcome.objects))).get("a")
+        if found is not None and tuple((start, digest) for start, _, digest in found.appends[:2]) != TWO_APPENDS:
+            raise Violation(f"when {name} was done: {found}")
+
+
 @pytest.fixture
 def one_append(parse_once: None, monkeypatch: pytest.MonkeyPatch) -> Objects:
     """A session with one append, and segments that are written once."""
@@ -260,6 +297,7 @@ def one_append(parse_once: None, monkeypatch: pytest.MonkeyPatch) -> Objects:
         return written.setdefault(key, [b"".join(write_segment(segment))])
 
     monkeypatch.setattr(commit_log_module, "write_segment", write_once)
+    monkeypatch.setattr(merging, "write_segment", write_once)
     store = MemoryStore()
     log = commit_log(store)
     state, _ = log.create("a", SHAPE, SPEC)
@@ -340,7 +378,7 @@ def test_a_collector_that_looks_for_references_first_is_found(
 
 
 def test_no_append_is_claimed_over_a_record_of_a_newer_version(one_append: Objects) -> None:
-    actors = {"one": writer(1), "two": writer(2), "publish": checkpointer}
+    actors = {"one": writer(1), "two": writer(2), "publish": newer_version}
     Explorer(actors, check_no_claim_over_unknown_records).run(one_append)
 
 
@@ -354,3 +392,67 @@ def test_a_writer_that_read_long_ago_is_aborted_in_every_order(one_append: Objec
     with pytest.raises(KVStoreError) as caught:
         commit_log(store).commit(state, segment)
     assert caught.value.code == "ABORTED"
+
+
+# ---- merging
+
+
+def digest_of(seed: int) -> str:
+    log = commit_log(MemoryStore())
+    return next_segment(log, log.create("a", SHAPE, SPEC)[0], seed=seed).header.digest
+
+
+TWO_APPENDS = ((0, digest_of(50)), (1, digest_of(51)))
+
+
+@pytest.fixture
+def two_appends(one_append: Objects) -> Objects:
+    """Also a fork of both."""
+    log, state = commit_log(MemoryStore(one_append)), living(MemoryStore(one_append))
+    assert state
+    append(log, state, seed=51)
+    log.fork(state, 2, "child")
+    return one_append
+
+
+def late(actor: Callable[[ObjectStore, SessionState], Any], known: Objects) -> Actor:
+    """An actor that read the session when only `known` was there, and has slept since."""
+
+    def act(store: ObjectStore) -> Any:
+        state = living(MemoryStore(dict(known)))
+        assert state
+        return actor(store, state)
+
+    return act
+
+
+def appends_late(seed: int) -> Callable[[ObjectStore, SessionState], Any]:
+    return lambda store, state: append(commit_log(store), state, seed=seed)
+
+
+def merging_races(one: Objects) -> dict[str, dict[str, Actor]]:
+    merge_and_collect: dict[str, Actor] = {"merge": merger, "collect": collector}
+    return {
+        "a writer": {"one": writer(1), **merge_and_collect},
+        "a reader": {"read": reader, **merge_and_collect},
+        "a reader of a fork": {"read child": child_reader, **merge_and_collect},
+        "a writer who knows one append": {"late": late(appends_late(1), one), **merge_and_collect},
+        "a writer who sends again what it knows not to be there": {
+            "late": late(appends_late(51), one),
+            **merge_and_collect,
+        },
+        "two writers who know one append and a reader": {
+            "late": late(appends_late(1), one),
+            "later": late(appends_late(2), one),
+            "merge and collect": lambda store: (merger(store), collector(store)),
+            "read": reader,
+        },
+        "two mergers and a writer": {"merge": merger, "other": merger, "one": writer(1)},
+        "a deleter": {"delete": deleter, **merge_and_collect},
+    }
+
+
+@pytest.mark.parametrize("race", merging_races({}))
+def test_no_order_of_calls_loses_an_append_to_merging(race: str, one_append: Objects, two_appends: Objects) -> None:
+    one = {key: data for key, data in two_appends.items() if "000000000001" not in key and "child" not in key}
+    assert Explorer(merging_races(one)[race], check_merging).run(dict(two_appends)) > 20

@@ -12,7 +12,7 @@ from kvstore_server.storage.verify import Report, verify_store
 
 from .inputs import SHAPE, SPEC, TENANT, append, commit_log
 from .memory_store import MemoryStore
-from .records import checkpoint
+from .records import of_newer_version
 
 A = "default/a/000000000000/log"
 B = "default/b/000000000000/log"
@@ -98,7 +98,7 @@ DAMAGES: dict[str, Callable[[dict[str, bytes]], object]] = {
     "a swapped object": lambda o: o.update({f"{A}/000000000000.safetensors": o[f"{A}/000000000300.safetensors"]}),
     "overlapping objects": lambda o: o.update({f"{A}/000000000301.safetensors": o[f"{A}/000000000300.safetensors"]}),
     "damage in a deleted generation": lambda o: o.update({"default/c/000000000000/log/000000000000.safetensors": b"x"}),
-    "a record of a newer version": lambda o: o.update({meta_key(TENANT, "a", 1): checkpoint("a", 1)}),
+    "a record of a newer version": lambda o: o.update({meta_key(TENANT, "a", 1): of_newer_version("a", 1)}),
     "a missing record": lambda o: o.pop(meta_key(TENANT, "c", 1)),
     "a truncated record": lambda o: o.update({meta_key(TENANT, "b", 0): b"{"}),
 }

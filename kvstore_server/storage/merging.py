@@ -1,0 +1,127 @@
+"""Writes small neighbouring objects of a session as one, and says so in its meta log (docs/format.md, section 6).
+
+Nothing is removed here: those who know where appends lay before find them there for the grace of the collector.
+"""
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+from kvstore_server.storage.commit_log import CommitLog
+from kvstore_server.storage.keys import merged_key, merged_name
+from kvstore_server.storage.merged_segment import merged_segment
+from kvstore_server.storage.meta import MERGED_MAX, MergedRange
+from kvstore_server.storage.meta_log import MetaLog
+from kvstore_server.storage.segment import write_segment
+from kvstore_server.storage.session_state import AppendEntry, SessionState
+from kvstore_server.storage.store import ObjectStore
+
+TABLE_ROWS_MAX = 16_384
+"""Appends and block hashes of one object: they must find room in its header."""
+
+
+@dataclass(frozen=True)
+class MergeBounds:
+    """When merging is worth while, and how much one merge reads and writes at most."""
+
+    objects_min: int
+    object_bytes_max: int
+
+
+@dataclass(frozen=True)
+class _StoredObject:
+    """One object of a session's own log, and the appends in it."""
+
+    entries: Sequence[AppendEntry]
+
+    @cached_property
+    def stored_bytes(self) -> int:
+        return sum(entry.stored_bytes for entry in self.entries)
+
+    @property
+    def table_rows(self) -> int:
+        return sum(1 + len(entry.block_hashes) for entry in self.entries)
+
+
+class Merger:
+    """The sessions of one tenant. Blocking. Any number of them may work on one session: one wins each checkpoint."""
+
+    def __init__(
+        self, store: ObjectStore, tenant: str, bounds: MergeBounds, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._store, self._tenant, self._bounds, self._clock = store, tenant, bounds, clock
+        self._log, self._meta = CommitLog(store, tenant, clock), MetaLog(store, tenant, clock)
+
+    def is_due(self, state: SessionState) -> bool:
+        """Whether `merge` would find something to do in a state whose log was read. Asks no store."""
+        return bool(self._chosen(state))
+
+    def merge(self, state: SessionState) -> MergedRange | None:
+        """Merges one run of objects, if there is one and nobody else changes the session meanwhile.
+
+        Aborted if the generation is gone; DataLoss if an object is damaged: then all stay as they are.
+        """
+        state = self._log.snapshot(state)
+        self._meta.refresh(state)
+        run = self._chosen(state)
+        if not run:
+            return None
+        seq = state.seq
+        segments = [self._log.read(state, each.entries[0]) for each in run]
+        if state.seq != seq:
+            return None  # somebody else has merged them
+        segment = merged_segment(segments, self._clock())
+        writer = secrets.token_hex(16)
+        name = merged_name(seq + 1, writer)
+        key = merged_key(self._tenant, state.session, state.generation, name)
+        parts = write_segment(segment)
+        merged = MergedRange(
+            start=segment.header.start,
+            end=segment.header.end,
+            name=name,
+            digest=segment.header.digest,
+            stored_bytes=sum(map(len, parts)),
+        )
+        others = [each for each in state.merged if each.end <= merged.start or merged.end <= each.start]
+        ranges = tuple(sorted([*others, merged], key=lambda each: each.start))
+        if len(ranges) > MERGED_MAX or not self._store.put_if_absent(key, parts):
+            return None
+        if not self._meta.checkpoint(state, writer, ranges):
+            self._store.delete(key)  # its number went to another record, so no checkpoint can ever name it
+            return None
+        return merged
+
+    def _chosen(self, state: SessionState) -> list[_StoredObject]:
+        """The first run that is worth it: small neighbours, the first not larger than all others together.
+
+        So every byte is written again at most as often as its object's size doubles.
+        """
+        own = (e for e in state.entries or () if (e.session, e.generation) == (state.session, state.generation))
+        objects = [_StoredObject(list(group)) for _, group in groupby(own, key=lambda entry: entry.key)]
+        for run in self._runs(objects):
+            rest = sum(each.stored_bytes for each in run)
+            for number, each in enumerate(run):
+                rest -= each.stored_bytes
+                if each.stored_bytes <= rest:
+                    if len(run) - number >= self._bounds.objects_min:
+                        return run[number:]
+                    break
+        return []
+
+    def _runs(self, objects: Sequence[_StoredObject]) -> Iterator[list[_StoredObject]]:
+        """Sound neighbours, each below half of the bounds, that are within them together."""
+        run: list[_StoredObject] = []
+        full = 0.0
+        for each in objects:
+            share = max(each.stored_bytes / self._bounds.object_bytes_max, each.table_rows / TABLE_ROWS_MAX)
+            small = share <= 0.5 and not any(entry.damage for entry in each.entries)
+            if not small or full + share > 1:
+                yield run
+                run, full = [], 0.0
+            if small:
+                run.append(each)
+                full += share
+        yield run
