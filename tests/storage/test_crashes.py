@@ -8,13 +8,15 @@ from typing import NoReturn
 import pytest
 
 from kvstore_server.errors import KVStoreError
+from kvstore_server.storage.collecting import Collector
 from kvstore_server.storage.commit_log import AlreadyPresent, CommitLog
 from kvstore_server.storage.local import LocalStore
+from kvstore_server.storage.merging import MergeBounds, Merger
 from kvstore_server.storage.session_state import SessionState
 
 from ..faults.tally import TALLY, times
 from .facts import Found, facts_of
-from .inputs import SHAPE, SPEC, append, commit_log, next_segment
+from .inputs import CLOCK_SECONDS, SHAPE, SPEC, TENANT, append, commit_log, next_segment
 from .memory_disk import MemoryDisk, Tree
 
 ROOT = "/srv/data"
@@ -52,6 +54,16 @@ def living(log: CommitLog, name: str) -> SessionState:
     return state
 
 
+def merge(store: LocalStore, name: str) -> None:
+    merger = Merger(store, TENANT, MergeBounds(objects_min=2, object_bytes_max=1 << 20), lambda: CLOCK_SECONDS)
+    merger.merge(living(commit_log(store), name))
+
+
+def collect(store: LocalStore, name: str) -> None:
+    """Without any grace."""
+    Collector(store, TENANT, 0.0, lambda: CLOCK_SECONDS).collect(name)
+
+
 def every_call(disk: MemoryDisk) -> Iterator[None]:
     """Every kind of call; yields after each acknowledgement."""
     log = commit_log(opened(disk))
@@ -71,6 +83,16 @@ def every_call(disk: MemoryDisk) -> Iterator[None]:
     yield
     log.update(parent, ttl_seconds=60, pinned=True)
     yield
+    merge(opened(disk), "parent")
+    yield
+    collect(opened(disk), "parent")
+    yield
+    append(log, parent, tokens=3, seed=12)
+    yield
+    merge(opened(disk), "parent")
+    yield
+    collect(opened(disk), "parent")
+    yield
     log.delete("parent")
     yield
     log = commit_log(opened(disk))  # a restart
@@ -82,24 +104,29 @@ def every_call(disk: MemoryDisk) -> Iterator[None]:
     yield
     append(log, living(log, "child"), tokens=2, seed=10)
     yield
+    merge(opened(disk), "child")
+    yield
     log.delete("beside")
     yield
+    for name in ("parent", "child", "beside"):
+        collect(opened(disk), name)
+        yield
 
 
 def random_calls(seed: int) -> Run:
-    """Twelve calls on three names in any order that may succeed."""
+    """Sixteen calls on three names in any order that may succeed."""
 
     def run(disk: MemoryDisk) -> Iterator[None]:
         source = random.Random(seed)
         log = commit_log(opened(disk))
         yield
-        for number in range(12):
+        for number in range(16):
             name = source.choice("abc")
             state = log.load(name)
             if state is None:
                 log.create(name, SHAPE, SPEC)
             else:
-                match source.randrange(8):
+                match source.randrange(10):
                     case 0:
                         log.delete(name)
                     case 1:
@@ -108,6 +135,10 @@ def random_calls(seed: int) -> Run:
                         log.fork(state, source.randint(0, log.discover(state)), free[0])
                     case 3:
                         log = commit_log(opened(disk))  # a restart
+                    case 4:
+                        merge(opened(disk), name)
+                    case 5:
+                        collect(opened(disk), name)
                     case _:
                         append(log, state, tokens=source.randint(1, 3), seed=number)
             yield
