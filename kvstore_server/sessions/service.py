@@ -15,6 +15,7 @@ from kvstore_server.sessions.freshness import Freshness
 from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.lifecycle import Lifecycle
 from kvstore_server.sessions.maintenance import Maintenance
+from kvstore_server.sessions.merging import Merging
 from kvstore_server.sessions.prefixes import Prefixes
 from kvstore_server.sessions.projecting import Projecting
 from kvstore_server.sessions.querying import Querying
@@ -56,6 +57,14 @@ class SessionService:
         self.maintenance = Maintenance(
             store, index, self.registry, self.expiry, quotas, sweep_seconds=settings.sweep_seconds, grace_seconds=grace
         )
+        self.merging = Merging(
+            store,
+            self.registry,
+            self._indexing,
+            settings.merge,
+            sweep_seconds=settings.sweep_seconds,
+            grace_seconds=grace,
+        )
         self.prefixes = Prefixes(self.registry, index, self.limits, grace)
         self.lifecycle = Lifecycle(
             self.registry, self.projecting, self._indexing, quotas, self.limits, self.default_codec
@@ -75,6 +84,7 @@ class SessionService:
         self._indexing.start()
         self._freshness.start()
         self.maintenance.start()
+        self.merging.start()
         self._filling = asyncio.create_task(self._fill_index())
         if not self._shared_index:
             await self._filling
@@ -98,5 +108,6 @@ class SessionService:
         if self.appending.commits:
             await asyncio.wait(set(self.appending.commits), timeout=10)
         await self.maintenance.close()
+        await self.merging.close()
         await self._freshness.close()
         await self._indexing.close()

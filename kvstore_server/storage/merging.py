@@ -11,12 +11,12 @@ from functools import cached_property
 from itertools import groupby
 
 from kvstore_server.storage.commit_log import CommitLog
-from kvstore_server.storage.keys import merged_key, merged_name
+from kvstore_server.storage.keys import log_folder, log_starts, merged_key, merged_name
 from kvstore_server.storage.merged_segment import merged_segment
 from kvstore_server.storage.meta import MERGED_MAX, MergedRange
 from kvstore_server.storage.meta_log import MetaLog
 from kvstore_server.storage.segment import write_segment
-from kvstore_server.storage.session_state import AppendEntry, SessionState
+from kvstore_server.storage.session_state import AppendEntry, SessionState, range_at
 from kvstore_server.storage.store import ObjectStore
 
 TABLE_ROWS_MAX = 16_384
@@ -58,6 +58,11 @@ class Merger:
     def is_due(self, state: SessionState) -> bool:
         """Whether `merge` would find something to do in a state whose log was read. Asks no store."""
         return bool(self._chosen(state))
+
+    def may_be_due(self, state: SessionState) -> bool:
+        """As is_due, by one list of names, of a state whose log was not read."""
+        starts = log_starts(self._store.list_keys(log_folder(self._tenant, state.session, state.generation)))
+        return sum(range_at(state.merged, start) is None for start in starts) >= self._bounds.objects_min
 
     def merge(self, state: SessionState) -> MergedRange | None:
         """Merges one run of objects, if there is one and nobody else changes the session meanwhile.
