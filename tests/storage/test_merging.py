@@ -65,7 +65,8 @@ def test_merged_appends_are_what_they_were_for_every_reader(log: CommitLog, stor
     whole = log.read(found, log.appends(found)[1])
     assert_equal_rows(whole, merged_segment(segments, 0.0))
     assert [e.key for e in log.appends(found)] == [f"default/a/{FIRST}/merged/{merged.name}.safetensors"] * 3
-    assert sum(e.stored_bytes for e in log.appends(found)) == merged.stored_bytes == len(store.objects[found.at(0).key])
+    assert sum(e.stored_bytes for e in log.appends(found)) == merged.stored_bytes
+    assert merged.stored_bytes == len(store.objects[log.appends(found)[0].key])
     plain = [replace(e, key="", merged=None, stored_bytes=0) for e in log.appends(found)]
     assert plain == [replace(e, key="", stored_bytes=0) for e in entries]
     assert verify_store(store).damaged == []
