@@ -219,6 +219,17 @@ class Merge(Section):
     """What one server reads and writes for it, on average."""
 
 
+class Downgrade(Section):
+    """Sessions that nobody uses lose bits, for good; pinned ones and those that forks share never."""
+
+    unused_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """After so long without a use, as seen by one server that runs all the while; null: never."""
+    keys_level: Annotated[int, Field(ge=0, le=63)] = 1
+    """The finest level of keys that is kept; 0 keeps all."""
+    values_level: Annotated[int, Field(ge=0, le=63)] = 1
+    """Likewise of values."""
+
+
 class Log(Section):
     """What is written to standard error."""
 
@@ -248,6 +259,7 @@ class Settings(BaseSettings):
     limits: Limits = Limits()
     quota: Quota = Quota()
     merge: Merge = Merge()
+    downgrade: Downgrade = Downgrade()
     log: Log = Log()
     codec: CodecSpec = DEFAULT
     """For sessions that are created without one (docs/codecs.md)."""

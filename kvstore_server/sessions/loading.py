@@ -1,11 +1,14 @@
 """From objects in the store to resident rows. Blocking; every checksum is verified."""
 
+from collections.abc import Iterator
+
 from kvstore_codecs.plan import Fit
 from kvstore_codecs.sketch import KindRows
 from kvstore_kernels import Signs
 from kvstore_server.memory.resident import ResidentSession
+from kvstore_server.sessions.cutting import widened
 from kvstore_server.storage.commit_log import CommitLog
-from kvstore_server.storage.segment import data_loss
+from kvstore_server.storage.segment import Segment, data_loss
 from kvstore_server.storage.session_state import AppendEntry, SessionState
 
 
@@ -25,11 +28,21 @@ def extend_resident(log: CommitLog, state: SessionState, resident: ResidentSessi
             first, last = resident.length - begin, sound - begin
             rows = [
                 (rows_between(keys, first, last), rows_between(values, first, last))
-                for keys, values in zip(segment.keys, segment.values, strict=True)
+                for keys, values in _whole(segment, resident)
             ]
             resident.extend(resident.length, rows, last - first)
         if damage is not None and damage.token_start < min(limit, end):
             raise data_loss(identity, damage)
+
+
+def _whole(segment: Segment, resident: ResidentSession) -> Iterator[tuple[KindRows, KindRows]]:
+    """Keys and values of each layer, laid out as the session's codec has them."""
+    keys_level, values_level = segment.header.floor
+    for layer, (keys, values) in enumerate(zip(segment.keys, segment.values, strict=True)):
+        if keys_level or values_level:
+            keys = widened(keys, resident.plan_of(layer, "keys"), keys_level)
+            values = widened(values, resident.plan_of(layer, "values"), values_level)
+        yield keys, values
 
 
 def read_fit(log: CommitLog, state: SessionState, entry: AppendEntry) -> Fit:

@@ -105,5 +105,5 @@ class Merging:
                 return
             self.merged += 1
             if live is not None:
-                self._indexing.changed(live)
+                self._indexing.changed(live, used=False)
             await asyncio.sleep(2 * merged.stored_bytes / self._rate)

@@ -10,6 +10,7 @@ from kvstore_server.metadata.index import Index
 from kvstore_server.scheduling.engine import Engine
 from kvstore_server.sessions.appending import Appending
 from kvstore_server.sessions.attention import Device
+from kvstore_server.sessions.cooling import Cooling
 from kvstore_server.sessions.expiry import Expiry
 from kvstore_server.sessions.freshness import Freshness
 from kvstore_server.sessions.indexing import Indexing
@@ -54,8 +55,23 @@ class SessionService:
         self._freshness = Freshness(index, self.registry)
         self.expiry = Expiry(self.registry, self._indexing)
         quotas = Quotas(settings.quota)
+        cooling = Cooling(
+            store,
+            self.registry,
+            self._indexing,
+            settings.downgrade,
+            settings.merge,
+            sweep_seconds=settings.sweep_seconds,
+        )
         self.maintenance = Maintenance(
-            store, index, self.registry, self.expiry, quotas, sweep_seconds=settings.sweep_seconds, grace_seconds=grace
+            store,
+            index,
+            self.registry,
+            cooling,
+            self.expiry,
+            quotas,
+            sweep_seconds=settings.sweep_seconds,
+            grace_seconds=grace,
         )
         self.merging = Merging(
             store,

@@ -137,8 +137,9 @@ class LogView:
         """The entry at its new place, if it was merged since; Aborted if it is gone because the session is."""
         lives = self._meta.catch_up(state)
         if entry.session != state.session or entry.generation != state.generation:
-            merged = self._meta.places(entry.session, entry.generation).merged
-            move(self._entries(state), self._tenant, entry.session, entry.generation, merged)
+            places = self._meta.places(entry.session, entry.generation)
+            state.share(places.floor)
+            move(self._entries(state), self._tenant, entry.session, entry.generation, places.merged)
         found = state.at(entry.start)
         if found is not None and found.key != entry.key and not found.damage:
             return found
@@ -157,6 +158,8 @@ class LogView:
             self._meta.catch_up(state)
             if state.merged == known and all(self._meta.is_current(o.session, p) for o, p in places.items()):
                 state.entries = entries
+                for each in places.values():
+                    state.share(each.floor)
                 return entries
         raise Unavailable("CONTENDED", f"{ATTEMPTS} times something was merged while the log was read")
 

@@ -9,12 +9,13 @@ import torch
 from kvstore_codecs.sketch import KindRows
 from kvstore_codecs.spec import KINDS, Kind
 from kvstore_kernels.types import Signs
+from kvstore_server.storage.meta import Floor
 from kvstore_server.storage.segment import Segment, geometry_of
 from kvstore_server.storage.segment_header import MergedAppend, SegmentHeader
 
 
-def merged_segment(segments: Sequence[Segment], created_unix_seconds: float) -> Segment:
-    """Appends that follow each other, merged before or not, as one segment.
+def merged_segment(segments: Sequence[Segment], created_unix_seconds: float, floor: Floor = (0, 0)) -> Segment:
+    """Appends that follow each other, merged before or not, all cut to the same floor, as one segment.
 
     Exact tokens lead a session, so they lead the merged object too. ValueError if two made a fit.
     """
@@ -35,13 +36,14 @@ def merged_segment(segments: Sequence[Segment], created_unix_seconds: float) -> 
     header = replace(
         first,
         geometry=geometry_of(tokens, exact, first.geometry.dtype, keys, values, fit),
-        digest=_digest(first.start, appends),
+        digest=_digest(first.start, floor, appends),
         fit_range=fit_range,
         fit_append=fit_append,
         block_hashes=(),
         block_tokens=0,
         created_unix_seconds=created_unix_seconds,
         appends=appends,
+        floor=floor,
     )
     return Segment(header, keys, values, fit)
 
@@ -59,9 +61,9 @@ def _appends(header: SegmentHeader) -> tuple[MergedAppend, ...]:
     return header.appends or (alone,)
 
 
-def _digest(start: int, appends: Sequence[MergedAppend]) -> str:
+def _digest(start: int, floor: Floor, appends: Sequence[MergedAppend]) -> str:
     lines = "".join(f"{append.tokens} {append.digest}\n" for append in appends)
-    return hashlib.sha256(f"kvstore.merged {start}\n{lines}".encode()).hexdigest()
+    return hashlib.sha256(f"kvstore.merged {start} {floor[0]} {floor[1]}\n{lines}".encode()).hexdigest()
 
 
 def _joined(segments: Sequence[Segment], layer: int, kind: Kind) -> KindRows:

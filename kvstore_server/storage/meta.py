@@ -31,6 +31,11 @@ class Ancestor(Frozen, frozen=True):
     end: Position
 
 
+Level = Annotated[int, Field(ge=0, le=63)]
+Floor = tuple[Level, Level]
+"""The finest level of keys and of values that is there, 0 if all bits are."""
+
+
 class MergedRange(Frozen, frozen=True):
     """Appends [start, end) of a generation lie in its merged object `name`, whose header has this digest."""
 
@@ -39,6 +44,8 @@ class MergedRange(Frozen, frozen=True):
     name: Annotated[str, Field(pattern=r"^[0-9]{12}-[0-9A-Za-z]{1,64}$")]
     digest: Hex256
     stored_bytes: Annotated[int, Field(ge=0)]
+    floor: Floor = (0, 0)
+    """What the object was cut to."""
 
 
 class _Record(Frozen, frozen=True):
@@ -100,6 +107,8 @@ class Checkpoint(_Record, frozen=True):
     ttl_seconds: Seconds | None
     pinned: bool
     merged: Annotated[tuple[MergedRange, ...], Field(min_length=1, max_length=MERGED_MAX)]
+    floor: Floor = (0, 0)
+    """What every answer is cut to from now on, whether or not the objects are yet."""
 
     @model_validator(mode="after")
     def _in_order(self) -> "Checkpoint":

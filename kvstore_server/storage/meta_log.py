@@ -20,6 +20,7 @@ from kvstore_server.storage.meta import (
     Create,
     Delete,
     Expire,
+    Floor,
     MergedRange,
     Record,
     read_record,
@@ -44,6 +45,7 @@ class Places(NamedTuple):
 
     seq: int | None
     merged: tuple[MergedRange, ...]
+    floor: Floor
 
 
 class MetaLog:
@@ -118,7 +120,7 @@ class MetaLog:
                 return
         raise _contended(state.session)
 
-    def checkpoint(self, state: SessionState, writer: str, merged: tuple[MergedRange, ...]) -> bool:
+    def checkpoint(self, state: SessionState, writer: str, merged: tuple[MergedRange, ...], floor: Floor) -> bool:
         """Says where appends lie from now on, if nothing has happened to the session since `state` was read."""
         stamp = {**self._stamp(state.session, state.seq + 1), "writer": writer}
         record = Checkpoint(
@@ -127,6 +129,7 @@ class MetaLog:
             ttl_seconds=state.ttl_seconds,
             pinned=state.pinned,
             merged=merged,
+            floor=floor,
         )
         if not self._put(record):
             return False
@@ -136,7 +139,9 @@ class MetaLog:
     def places(self, session: str, generation: str) -> Places:
         """Of a generation, living or not."""
         state, end = self._life(session, generation)
-        return Places(None if end or state is None else state.seq, state.merged if state else ())
+        if state is None:
+            return Places(None, (), (0, 0))
+        return Places(None if end else state.seq, state.merged, state.own_floor)
 
     def is_current(self, session: str, places: Places) -> bool:
         """Whether nothing has come since."""
@@ -317,7 +322,7 @@ def _state_of(record: Create) -> SessionState:
 def _apply(state: SessionState, change: Attributes | Checkpoint) -> None:
     state.seq, state.ttl_seconds, state.pinned = change.seq, change.ttl_seconds, change.pinned
     if isinstance(change, Checkpoint):
-        state.adopt(change.merged)
+        state.adopt(change.merged, change.floor)
 
 
 def _generation_of(record: Record) -> str:

@@ -56,7 +56,8 @@ class SegmentHeader:
     each of `block_tokens` tokens (0 without hashes).
 
     A merged object has the appends that it took in, in order, in `appends`; what they cannot share is there, and
-    `fit_append` says which of them made the fit.
+    `fit_append` says which of them made the fit. Its words are only those that the level `floor` of keys and of values
+    reads.
     """
 
     identity: Identity
@@ -74,6 +75,7 @@ class SegmentHeader:
     block_tokens: int = 0
     appends: tuple[MergedAppend, ...] = ()
     fit_append: int | None = None
+    floor: tuple[int, int] = (0, 0)
 
     @property
     def start(self) -> int:
@@ -86,6 +88,9 @@ class SegmentHeader:
     @property
     def end(self) -> int:
         return self.start + self.tokens
+
+
+_WHOLE = (0, 0)
 
 
 @with_config(ConfigDict(allow_inf_nan=False))
@@ -116,6 +121,7 @@ class _Metadata:
     created_unix_seconds: Annotated[float, Field(ge=0)]
     block_tokens: Position = 0
     fit_append: Position | None = None
+    floor: tuple[Position, Position] = _WHOLE
 
 
 _METADATA = TypeAdapter(_Metadata)
@@ -158,6 +164,7 @@ def to_metadata(header: SegmentHeader) -> dict[str, str]:
         **({"block_tokens": str(header.block_tokens)} if header.block_tokens else {}),
         **({"appends": _APPENDS.dump_json(header.appends).decode()} if header.appends else {}),
         **({} if header.fit_append is None else {"fit_append": str(header.fit_append)}),
+        **({} if header.floor == _WHOLE else {"floor": _json(header.floor)}),
     }
 
 
@@ -168,6 +175,7 @@ def from_metadata(metadata: dict[str, str]) -> SegmentHeader:
     check_readable(metadata.get("min_reader"), VERSION, "segment")
     try:
         decoded = {name: json.loads(metadata[name]) for name in _JSON_FIELDS}
+        decoded["floor"] = json.loads(metadata["floor"]) if "floor" in metadata else _WHOLE
         decoded["fit_bases"] = json.loads(metadata["fit_bases"]) if "fit_bases" in metadata else _NO_BASES
         read = _METADATA.validate_python({**metadata, **decoded})
         appends = _APPENDS.validate_json(metadata["appends"]) if "appends" in metadata else ()
@@ -202,6 +210,7 @@ def from_metadata(metadata: dict[str, str]) -> SegmentHeader:
         block_tokens=read.block_tokens,
         appends=appends,
         fit_append=read.fit_append,
+        floor=read.floor,
     )
 
 

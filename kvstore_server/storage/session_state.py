@@ -7,7 +7,7 @@ from threading import RLock
 
 from kvstore_codecs.spec import CodecSpec, ModelShape
 from kvstore_server.storage.keys import POSITION_MAX, merged_key
-from kvstore_server.storage.meta import Ancestor, MergedRange
+from kvstore_server.storage.meta import Ancestor, Floor, MergedRange
 from kvstore_server.storage.segment_header import Identity, SegmentHeader
 
 
@@ -124,6 +124,9 @@ class SessionState:
     ancestors: tuple[Ancestor, ...]
     merged: tuple[MergedRange, ...] = ()
     """Where its own appends lie that are not under their log names."""
+    own_floor: Floor = (0, 0)
+    shared_floor: Floor = (0, 0)
+    """Of what it shares, once its log was read."""
     entries: list[AppendEntry] | None = None
     lock: RLock = field(default_factory=RLock, compare=False, repr=False)
 
@@ -137,9 +140,15 @@ class SessionState:
         """As far as the log was read."""
         return self.entries[-1].end if self.entries else self.base
 
-    def adopt(self, merged: tuple[MergedRange, ...]) -> None:
+    @property
+    def floor(self) -> Floor:
+        """The finest level of keys and values that all of it is there at."""
+        keys, values = (max(pair) for pair in zip(self.own_floor, self.shared_floor, strict=True))
+        return keys, values
+
+    def adopt(self, merged: tuple[MergedRange, ...], floor: Floor) -> None:
         """What a checkpoint says of its own appends; those that are known stay what they are and change their place."""
-        self.merged = merged
+        self.merged, self.own_floor = merged, floor
         move(self.entries or [], self.tenant, self.session, self.generation, merged)
 
     def at(self, position: int) -> AppendEntry | None:
@@ -147,6 +156,11 @@ class SessionState:
         entries = self.entries or []
         index = bisect_right(entries, position, key=lambda entry: entry.start) - 1
         return entries[index] if index >= 0 and position < entries[index].end else None
+
+    def share(self, floor: Floor) -> None:
+        """What it shares was cut to this level, some of it at least."""
+        keys, values = (max(pair) for pair in zip(self.shared_floor, floor, strict=True))
+        self.shared_floor = keys, values
 
     def owned_end(self, session: str, generation: str) -> int:
         """Positions from there on are not that generation's."""
