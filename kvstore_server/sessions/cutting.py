@@ -25,11 +25,17 @@ def cut_segment(segment: Segment, plan: CodecPlan, floor: Floor) -> Segment:
 
 
 def widened(rows: KindRows, plan: KindPlan, level: int) -> KindRows:
-    """Rows of an object that was cut to `level` as they are laid out whole; the bits that are gone are zero."""
+    """Rows of an object that was cut to `level` as they are laid out whole; the bits that are gone are zero.
+
+    ValueError if its words are not those of that level.
+    """
     if rows.signs is None or not isinstance(plan, SignPlan):
         return rows
-    words = rows.signs.words.new_zeros((len(rows.signs.words), plan.layout.words))
-    words[:, _columns(plan, level)] = rows.signs.words
+    columns, (count, found) = _columns(plan, level), rows.signs.words.shape
+    if found != len(columns):
+        raise ValueError(f"{found} words a token instead of the {len(columns)} of level {level}")
+    words = rows.signs.words.new_zeros((count, plan.layout.words))
+    words[:, columns] = rows.signs.words
     return KindRows(rows.rows, Signs(words, rows.signs.scales))
 
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from kvstore_client import AsyncKVStoreClient, FailedPrecondition, Precision, Session
 from kvstore_codecs.spec import CodecSpec, Qjl, Rotated
 from kvstore_server.cli import app
+from kvstore_server.storage.session_state import SessionState
 
 from ..running import serving
 from .test_durability import CODEC, SHAPE, vectors
@@ -102,3 +103,19 @@ async def test_an_unused_session_is_cut_and_says_so(tmp_path: Path, codec: str) 
         assert_equal(await answers(cold, Precision()), coarse)
     result = CliRunner().invoke(app, ["verify", str(tmp_path)])
     assert result.exit_code == 0, result.output
+
+
+async def test_a_server_that_forgets_what_was_cut_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    k, v = vectors(LENGTH, seed=1)
+    async with (
+        serving(tmp_path, downgrade=DOWNGRADE, **SETTINGS) as server,
+        AsyncKVStoreClient(f"127.0.0.1:{server.port}") as client,
+    ):
+        cold = await client.create_session("cold", SHAPE, CODEC)
+        await cold.append(k, v)
+        coarse = await answers(cold, FLOOR)
+        await until(lambda: any(tmp_path.glob("default/cold/*/merged/*")))
+    monkeypatch.setattr(SessionState, "floor", (0, 0))
+    async with serving(tmp_path, **SETTINGS) as server, AsyncKVStoreClient(f"127.0.0.1:{server.port}") as client:
+        with pytest.raises(AssertionError):
+            assert_equal(await answers(await client.open_session("cold"), Precision()), coarse)
