@@ -116,6 +116,7 @@ class CommitLog(LogView):
         )
         if not present:
             state.entries = source.shared_entries(end)
+            state.share(source.floor)
         return state, present
 
     @serialised

@@ -120,7 +120,7 @@ async def test_readers_from_before_and_forks_from_after_know_that_bits_are_gone(
     assert found
     log.appends(found)
     assert found.floor == FLOOR
-    assert child.floor in ((0, 0), FLOOR)
+    assert child.floor == FLOOR
 
 
 def test_a_cut_segment_reads_at_its_floor_and_below_as_it_did_and_can_be_cut_again() -> None:
