@@ -12,6 +12,7 @@ from kvstore_codecs import projected
 from kvstore_codecs.plan import KindPlan, ProjectedPlan, SignPlan
 from kvstore_codecs.spec import KINDS, Kind
 from kvstore_kernels import Backend, DenseRows, ScoreNoise, SignRows, merge_states, score_noise
+from kvstore_kernels.backend import Attended
 from kvstore_server.errors import FailedPrecondition
 from kvstore_server.memory.device import DeviceMemory
 from kvstore_server.memory.resident import Block, Blocks, ResidentSession
@@ -84,20 +85,12 @@ def attend(device: Device, prefix: Prefix, debias: float, items: list[Item]) -> 
     shape = prefix.resident.shape
     q = items[0].q if len(items) == 1 else torch.cat([item.q for item in items])
     blocks = device.blocks(prefix)
-    scores: dict[str, float] = {"sm_scale": shape.sm_scale, "logit_soft_cap": shape.logit_soft_cap, "debias": debias}
-    if not blocks:
-        state = torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf)
-        fetch = device.backend.to_host(state)
-    elif _is_projected(prefix):
-        out, lse = merge_states([projected.attend(device.backend, q, b.keys, b.values, **scores) for b in blocks])
-        fetch = device.backend.to_host((out.to(q.dtype), lse))
-    else:
-        parts = [(block.keys, block.values) for block in blocks]
-        fetch = device.backend.attend_all(q, parts, **scores, kept=blocks.kept)
-    worth = _fidelities(prefix, q, [(len(item.q), item.heads) for item in items], blocks.kept)
+    noise = _noise(prefix, blocks.kept)
+    fetch = _begin(device, prefix, q, blocks, noise, debias)
 
     def finish() -> list[AttendAnswer]:
-        out, lse = fetch()
+        out, lse, variances = fetch()
+        worth = _fidelities(prefix, [(len(item.q), item.heads) for item in items], variances)
         answers, first = list[AttendAnswer](), 0
         for item, fidelity in zip(items, worth, strict=True):
             last = first + len(item.q)
@@ -109,6 +102,23 @@ def attend(device: Device, prefix: Prefix, debias: float, items: list[Item]) -> 
         return answers
 
     return Later(finish)
+
+
+def _begin(
+    device: Device, prefix: Prefix, q: Tensor, blocks: Blocks, noise: ScoreNoise | None, debias: float
+) -> Callable[[], Attended]:
+    shape = prefix.resident.shape
+    scores: dict[str, float] = {"sm_scale": shape.sm_scale, "logit_soft_cap": shape.logit_soft_cap, "debias": debias}
+    if not blocks:
+        nothing = torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf), None
+        return lambda: nothing
+    if _is_projected(prefix):
+        out, lse = merge_states([projected.attend(device.backend, q, b.keys, b.values, **scores) for b in blocks])
+        fetch = device.backend.to_host((out.to(q.dtype), lse))
+        variances = None if noise is None else noise.variance(q)
+        return lambda: (*fetch(), variances)  # pyright: ignore[reportReturnType]
+    parts = [(block.keys, block.values) for block in blocks]
+    return device.backend.attend_all(q, parts, **scores, noise=noise, kept=blocks.kept)
 
 
 def score(device: Device, prefix: Prefix, start: int, q: Tensor) -> Fetch:
@@ -155,25 +165,42 @@ def _scores(device: Device, prefix: Prefix, block: Block, q: Tensor) -> Tensor:
 
 def fidelity(prefix: Prefix, q: Tensor, heads: slice) -> Fidelity:
     """What an answer over the prefix is worth; the levels are those really read."""
-    return _fidelities(prefix, q, [(len(q), heads)], {})[0]
+    noise = _noise(prefix, {})
+    return _fidelities(prefix, [(len(q), heads)], None if noise is None else noise.variance(q))[0]
 
 
-def _fidelities(prefix: Prefix, q: Tensor, callers: list[tuple[int, slice]], kept: dict[Any, Any]) -> list[Fidelity]:
-    """One for each caller, of so many rows of `q` and of these heads; `kept` is the prefix's."""
+def _noise(prefix: Prefix, kept: dict[Any, Any]) -> ScoreNoise | None:
+    """Of logits over the prefix's sketched keys; None where there are none. `kept` is the prefix's."""
+    if "noise" not in kept:
+        resident, layer = prefix.resident, prefix.layer
+        keys = resident.plan_of(layer, "keys")
+        sketched = resident.exact_end is not None and prefix.end > resident.exact_end
+        kept["noise"] = (
+            score_noise(keys.levels[_keys_level(prefix)], resident.mean_squares(layer, prefix.end))
+            if sketched and isinstance(keys, SignPlan)
+            else None
+        )
+    return kept["noise"]
+
+
+def _keys_level(prefix: Prefix) -> int:
+    """The level really read."""
+    return min(prefix.precision.keys_level, _levels(prefix.resident.plan_of(prefix.layer, "keys")) - 1)
+
+
+def _fidelities(prefix: Prefix, callers: list[tuple[int, slice]], variances: Tensor | None) -> list[Fidelity]:
+    """One for each caller, of so many rows of `variances` [T, Hq] and of these heads."""
     resident, layer = prefix.resident, prefix.layer
     keys, values = resident.plan_of(layer, "keys"), resident.plan_of(layer, "values")
     sketched = resident.exact_end is not None and prefix.end > resident.exact_end
     errors = [0.0] * len(callers)
-    keys_level = min(prefix.precision.keys_level, _levels(keys) - 1)
+    keys_level = _keys_level(prefix)
     values_level = min(prefix.precision.values_level, _levels(values) - 1)
-    if sketched and isinstance(keys, SignPlan):
-        noise: ScoreNoise | None = kept.get("noise")
-        if noise is None:
-            mean_squares = resident.mean_squares(layer, prefix.end)
-            noise = kept["noise"] = score_noise(keys.levels[keys_level], mean_squares)
-        variances, first = noise.variance(q), 0
+    if variances is not None:
+        rows, first = variances.tolist(), 0  # a few numbers, for which tensors would take longer
         for number, (count, heads) in enumerate(callers):
-            errors[number] = resident.shape.sm_scale * sqrt(variances[first : first + count, heads].mean())
+            own = [variance for row in rows[first : first + count] for variance in row[heads]]
+            errors[number] = resident.shape.sm_scale * sqrt(sum(own) / len(own))
             first += count
     plan, precision = resident.plan, Precision(keys_level, values_level)
     if ("codec", layer) not in resident.facts:

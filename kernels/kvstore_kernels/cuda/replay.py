@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvstore_kernels.backend import State
+from kvstore_kernels.backend import Attended
 
 RECORD_AFTER = 2
 """Runs of the same kind that are launched kernel by kernel first: not every row is asked for often."""
@@ -26,27 +26,27 @@ class Answer:
     def __init__(self, recording: "Recording", rows: int) -> None:
         self._recording, self._rows = recording, rows
         self._lock = threading.Lock()
-        self._state: State | None = None
+        self._answer: Attended | None = None
 
-    def __call__(self) -> State:
+    def __call__(self) -> Attended:
         with self._lock:
-            if self._state is None:
+            if self._answer is None:
                 recording, rows = self._recording, self._rows
                 recording.done.synchronize()
-                self._state = recording.out[:rows].clone(), recording.lse[:rows].clone()
+                out, lse, *variances = (part[:rows].clone() for part in recording.answer)
+                self._answer = out, lse, variances[0] if variances else None
                 recording.asked = None
-            return self._state
+            return self._answer
 
 
 @dataclass
 class Recording:
-    """`q`, `out` and `lse` are pinned host memory."""
+    """`q` and `answer` are pinned host memory."""
 
     graph: torch.cuda.CUDAGraph
     done: torch.cuda.Event
     q: Tensor
-    out: Tensor
-    lse: Tensor
+    answer: list[Tensor]
     asked: Answer | None = None
     """What is still to be copied out."""
 
@@ -74,7 +74,7 @@ class Recorder:
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def run(self, kept: dict[Any, Any], key: Any, q: Tensor, attend: Callable[[Tensor], State]) -> Answer | None:
+    def run(self, kept: dict[Any, Any], key: Any, q: Tensor, attend: Callable[[Tensor], Attended]) -> Answer | None:
         """Begins attend(q) of q [T, Hq, D] on the current stream; None while it is not worth recording.
 
         Query rows are padded to a power of two, so that few recordings serve all T: rows do not depend on one another.
@@ -90,16 +90,16 @@ class Recorder:
         kind.recordings.append(next_one)
         return next_one.replay(q)
 
-    def _record(self, rows: int, like: Tensor, attend: Callable[[Tensor], State]) -> Recording:
+    def _record(self, rows: int, like: Tensor, attend: Callable[[Tensor], Attended]) -> Recording:
         q = torch.zeros(rows, *like.shape[1:], dtype=like.dtype, pin_memory=True)
-        out = torch.empty_like(q, pin_memory=True)
-        lse = torch.empty(q.shape[:2], pin_memory=True)
+        like_answer = attend(q.to("cuda"))  # with this number of rows: what it compiles must be there
+        answer = [torch.empty_like(part, device="cpu", pin_memory=True) for part in like_answer if part is not None]
 
         def run() -> None:
-            for host, device in zip((out, lse), attend(q.to("cuda", non_blocking=True)), strict=True):
+            found = [part for part in attend(q.to("cuda", non_blocking=True)) if part is not None]
+            for host, device in zip(answer, found, strict=True):
                 host.copy_(device, non_blocking=True)
 
-        run()  # with this number of rows: what it compiles must be there
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
@@ -109,4 +109,4 @@ class Recorder:
             run()
         finally:
             graph.capture_end()
-        return Recording(graph, torch.cuda.Event(), q, out, lse)
+        return Recording(graph, torch.cuda.Event(), q, answer)
