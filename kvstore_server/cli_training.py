@@ -53,7 +53,7 @@ def search(
     text: InputOption,
     projection: StartOption,
     out: OutOption,
-    budget: BudgetOption,
+    budget: BudgetOption = None,
     codec: CodecOption = "matryoshka",
     start: Annotated[Literal["water-filling", "full"], typer.Option(help="Where the search begins")] = "water-filling",
     step: Annotated[int, typer.Option(min=1, help="Words or coordinates that a head moves by")] = 1,

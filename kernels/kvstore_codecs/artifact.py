@@ -31,6 +31,7 @@ _TORCH_DTYPES = {"F32": torch.float32, "U32": torch.int32}
 
 Metric = Literal["none", "query", "output"]
 Bits = Annotated[float, Field(gt=0, le=6)]
+Name = Annotated[str, Field(max_length=64)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Table = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -56,7 +57,7 @@ class ProjectionHeader(Frozen, frozen=True):
     has_metrics: bool = False
     budgets: Annotated[tuple[Bits, ...], Field(max_length=64)] = ()
     shares: Annotated[tuple[Share, ...], Field(max_length=64)] = ()
-    measured: Annotated[dict[Annotated[str, Field(max_length=64)], float], Field(max_length=64, default_factory=dict)]
+    measured: Annotated[dict[Name, float], Field(max_length=64)] = {}  # noqa: RUF012 - pydantic copies it
     """Figures of how it was made."""
 
     def tensors(self) -> Table:

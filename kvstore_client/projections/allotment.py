@@ -3,6 +3,8 @@
 Water-filling over all layers, heads and both kinds by a projection's weights, as a session with that codec does.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,16 @@ def allotted(codec: Codec, projection: Projection, budget: float) -> Tensor:
     )
     found = words_of(weights, budget) if codec == "matryoshka" else ranks_of(weights, budget)
     return torch.from_numpy(found).int().view(len(KINDS), header.layers, header.kv_heads)
+
+
+def check_budgets(codec: Codec, budgets: Sequence[float]) -> None:
+    """ValueError unless there is one at least and a codec takes each."""
+    most = PLANES_MAX if codec == "matryoshka" else 1
+    if not budgets:
+        raise ValueError("no budget is given")
+    for budget in budgets:
+        if not 0 < budget <= most:
+            raise ValueError(f"budget {budget:g} is outside (0, {most}]")
 
 
 def most_of(codec: Codec, head_dim: int) -> int:

@@ -8,7 +8,7 @@ from kvstore_client.projections.attention import LayerCall, stored_mask
 
 def erring(call: LayerCall, keys: Tensor, values: Tensor) -> Tensor:
     """Attention output [Hq, T, D] where stored tokens are read with these errors [H, T, D] added, others exactly."""
-    stored = stored_mask(call.q.shape[1]).to(call.q.device)
+    stored = stored_mask(call.q.shape[1], call.q.device)
     q = call.q.unflatten(0, (-1, call.group))
     k, v, k_error, v_error = (x.unsqueeze(1) for x in (call.k, call.v, keys, values))
     logits = (q @ k.mT + (q @ k_error.mT) * stored) * call.sm_scale

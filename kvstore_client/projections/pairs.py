@@ -1,6 +1,7 @@
 """Supervised pairs, and adapters that learn from them together with a projection (LoRA, by peft)."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,8 @@ def add_adapters(model: "PreTrainedModel", seed: int) -> "tuple[PeftModel, list[
 
     torch.manual_seed(seed)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = get_peft_model(model, config)
+    with warnings.catch_warnings():  # peft asks newer transformers for what they call by another name
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     return adapted, [parameter for parameter in adapted.parameters() if parameter.requires_grad]

@@ -61,7 +61,8 @@ class Divergence:
     def __init__(
         self, model: "PreTrainedModel", projection: Projection, codec: Codec, samples: Sequence[Sample]
     ) -> None:
-        self._model, self._codec, self._samples = model, codec, samples
+        self._model, self._samples = model, samples
+        self._codec: Codec = codec
         self._device = next(model.parameters()).device
         with torch.no_grad():
             self._coordinates = TrainableBases(projection).to(self._device)()

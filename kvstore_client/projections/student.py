@@ -64,8 +64,7 @@ def divergence(teacher: Tensor, student: Tensor) -> Tensor:
 
 def loss_of(student: Tensor, sample: Sample) -> Tensor:
     """Mean cross entropy of the tokens that count."""
-    targets = sample.ids[0, 1:][sample.learned.to(sample.ids.device)]
-    return cross_entropy(student.float(), targets)
+    return cross_entropy(student.float(), sample.ids[0, 1:][sample.learned].to(student.device))
 
 
 def _counted(model: "PreTrainedModel", sample: Sample) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kvstore_client.projections import checkpoint
-from kvstore_client.projections.commands import _loaded
+from kvstore_client.projections import checkpoint, commands
+from kvstore_client.projections.allotment import check_budgets
 from kvstore_client.projections.export import digest_of_texts, searched_projection, trained_projection
 from kvstore_client.projections.pairs import add_adapters, read_pairs
 from kvstore_client.projections.search import Divergence, Found, SearchSettings, search
@@ -48,6 +48,7 @@ def train(
     `cpt` learns from all tokens of a text. `sft` learns from the responses of pairs, together with adapters that are
     written to the folder `OUT.adapters`; the projection then names no model, as there is none before they are merged.
     """
+    check_budgets(settings.codec, settings.budgets)
     console = Console(stderr=True)
     start, network, samples = _prepared(run, projection, mode, console)
     adapted, adapters = None, []
@@ -74,6 +75,7 @@ def train(
 
 def find(run: Run, projection: Path, out: Path, settings: SearchSettings, state: Path | None) -> None:
     """Writes a projection with what each head keeps under each budget; ValueError says what does not fit."""
+    check_budgets(settings.codec, settings.budgets)
     console = Console(stderr=True)
     start, network, samples = _prepared(run, projection, "cpt", console)
     made_from = {
@@ -101,7 +103,7 @@ def _prepared(
     if run.device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device {run.device} is not here: this torch finds no CUDA device")
     start = read_projection(projection.read_bytes())
-    network, tokenizer = _loaded(run.model, console)
+    network, tokenizer = commands._loaded(run.model, console)
     _check_made_for(start, network)
     if mode == "sft":
         samples = read_pairs(run.text, tokenizer, run.length)
