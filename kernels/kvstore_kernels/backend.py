@@ -65,9 +65,10 @@ class Backend(Protocol):
         logit_soft_cap: float,
         debias: float,
         kept: dict[Any, Any],
-    ) -> State:
-        """As `attend`, over the keys and values of all of at least one part; out is in q's dtype.
+    ) -> Callable[[], State]:
+        """Begins `attend` over the keys and values of all of at least one part; what it returns waits for the result.
 
+        That is in host memory, with out in q's dtype.
         `kept` belongs to exactly these parts: a backend keeps in it what makes the next call cheaper.
         """
         ...
@@ -113,13 +114,13 @@ class ReferenceBackend:
         logit_soft_cap: float,
         debias: float,
         kept: dict[Any, Any],
-    ) -> State:
+    ) -> Callable[[], State]:
         states = [
             self.attend(q, keys, values, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap, debias=debias)
             for keys, values in parts
         ]
         out, lse = states[0] if len(states) == 1 else merge_states(states)
-        return out.to(q.dtype), lse
+        return lambda: (out.to(q.dtype), lse)
 
     def decode(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Tensor:
         return self._decode(rows).to(dtype)

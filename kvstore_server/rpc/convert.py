@@ -13,6 +13,7 @@ from kvstore_codecs.spec import CodecSpec, Kind, ModelShape
 from kvstore_kernels import as_torch_dtype
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_server.errors import InvalidArgument
+from kvstore_server.rpc.append_messages import CutFrame
 from kvstore_server.sessions.assembly import AppendHeader, Encoding, Frame
 from kvstore_server.sessions.model import AttendAnswer, FetchedPart, Fidelity, Precision, SessionInfo
 from kvstore_server.storage.geometry import Part
@@ -205,7 +206,13 @@ def header_from(message: pb.AppendHeader) -> AppendHeader:
     )
 
 
-def frame_from(message: pb.AppendFrame) -> Frame:
+def frame_from(request: pb.AppendRequest | CutFrame) -> Frame:
+    if isinstance(request, CutFrame):
+        message, data = request.head, request.data
+    elif request.WhichOneof("body") == "frame":
+        message, data = request.frame, request.frame.data
+    else:
+        raise InvalidArgument("frame", "every message after the header must be a frame")
     return Frame(
         layer=message.layer,
         kind=chosen(KIND_NAMES, message.kind, "frame.kind"),
@@ -214,7 +221,7 @@ def frame_from(message: pb.AppendFrame) -> Frame:
         tokens=message.tokens,
         head_offset=message.head_offset,
         heads=message.heads,
-        data=message.data,
+        data=data,
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from kvstore_codecs import projected
 from kvstore_codecs.plan import KindPlan, ProjectedPlan, SignPlan
 from kvstore_codecs.spec import KINDS, Kind
-from kvstore_kernels import Backend, DenseRows, SignRows, merge_states, score_variance
+from kvstore_kernels import Backend, DenseRows, ScoreNoise, SignRows, merge_states, score_noise
 from kvstore_server.errors import FailedPrecondition
 from kvstore_server.memory.device import DeviceMemory
 from kvstore_server.memory.resident import Block, Blocks, ResidentSession
@@ -83,14 +84,14 @@ def attend(device: Device, prefix: Prefix, debias: float, items: list[Item]) -> 
     scores: dict[str, float] = {"sm_scale": shape.sm_scale, "logit_soft_cap": shape.logit_soft_cap, "debias": debias}
     if not blocks:
         state = torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf)
+        fetch = device.backend.to_host(state)
     elif _is_projected(prefix):
         out, lse = merge_states([projected.attend(device.backend, q, b.keys, b.values, **scores) for b in blocks])
-        state = out.to(q.dtype), lse
+        fetch = device.backend.to_host((out.to(q.dtype), lse))
     else:
         parts = [(block.keys, block.values) for block in blocks]
-        state = device.backend.attend_all(q, parts, **scores, kept=blocks.kept)
-    fetch = device.backend.to_host(state)
-    worth = _fidelities(prefix, q, [(len(item.q), item.heads) for item in items])
+        fetch = device.backend.attend_all(q, parts, **scores, kept=blocks.kept)
+    worth = _fidelities(prefix, q, [(len(item.q), item.heads) for item in items], blocks.kept)
 
     def finish() -> list[AttendAnswer]:
         out, lse = fetch()
@@ -151,11 +152,11 @@ def _scores(device: Device, prefix: Prefix, block: Block, q: Tensor) -> Tensor:
 
 def fidelity(prefix: Prefix, q: Tensor, heads: slice) -> Fidelity:
     """What an answer over the prefix is worth; the levels are those really read."""
-    return _fidelities(prefix, q, [(len(q), heads)])[0]
+    return _fidelities(prefix, q, [(len(q), heads)], {})[0]
 
 
-def _fidelities(prefix: Prefix, q: Tensor, callers: list[tuple[int, slice]]) -> list[Fidelity]:
-    """One for each caller, of so many rows of `q` and of these heads."""
+def _fidelities(prefix: Prefix, q: Tensor, callers: list[tuple[int, slice]], kept: dict[Any, Any]) -> list[Fidelity]:
+    """One for each caller, of so many rows of `q` and of these heads; `kept` is the prefix's."""
     resident, layer = prefix.resident, prefix.layer
     keys, values = resident.plan_of(layer, "keys"), resident.plan_of(layer, "values")
     sketched = resident.exact_end is not None and prefix.end > resident.exact_end
@@ -163,8 +164,11 @@ def _fidelities(prefix: Prefix, q: Tensor, callers: list[tuple[int, slice]]) -> 
     keys_level = min(prefix.precision.keys_level, _levels(keys) - 1)
     values_level = min(prefix.precision.values_level, _levels(values) - 1)
     if sketched and isinstance(keys, SignPlan):
-        variances = score_variance(q, keys.levels[keys_level], resident.mean_squares(layer, prefix.end)).numpy()
-        first = 0
+        noise: ScoreNoise | None = kept.get("noise")
+        if noise is None:
+            mean_squares = resident.mean_squares(layer, prefix.end)
+            noise = kept["noise"] = score_noise(keys.levels[keys_level], mean_squares)
+        variances, first = noise.variance(q), 0
         for number, (count, heads) in enumerate(callers):
             errors[number] = resident.shape.sm_scale * sqrt(variances[first : first + count, heads].mean())
             first += count

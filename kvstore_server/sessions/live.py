@@ -7,6 +7,7 @@ from kvstore_codecs.plan import CodecPlan, Fit
 from kvstore_codecs.resolve import plan_for
 from kvstore_server.memory.growing import Allocate, pageable
 from kvstore_server.memory.resident import AppendRows, ResidentSession
+from kvstore_server.sessions.arrivals import Arrivals
 from kvstore_server.sessions.model import SessionInfo
 from kvstore_server.storage.session_state import AppendEntry, SessionState
 
@@ -24,6 +25,7 @@ class LiveSession:
         self.projections = projections
         self._allocate = allocate
         self.lock = asyncio.Lock()
+        self.arrivals = Arrivals()
         self.resident: ResidentSession | None = None
         self.fit: Fit | None = None
         self.checked_at = 0.0

@@ -81,7 +81,7 @@ class CudaBackend:
         logit_soft_cap: float,
         debias: float,
         kept: dict[Any, Any],
-    ) -> State:
+    ) -> Callable[[], State]:
         def attend_parts(on_device: Tensor) -> State:
             state: State | None = None
             for keys, values in parts:
@@ -90,8 +90,16 @@ class CudaBackend:
             return state[0].to(on_device.dtype), state[1]
 
         if all(_stays(rows) for part in parts for rows in part):
-            return self._recorder.run(kept, (sm_scale, logit_soft_cap, debias), q, attend_parts)
-        return attend_parts(self._to_device(q))
+            answer = self._recorder.run(kept, (sm_scale, logit_soft_cap, debias), q, attend_parts)
+            if answer is not None:
+                return answer
+        fetch = self._begin_fetch(attend_parts(self._to_device(q)))
+
+        def state() -> State:
+            out, lse = fetch()
+            return out, lse
+
+        return state
 
     @on_stream
     def decode(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Tensor:
