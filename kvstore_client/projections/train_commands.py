@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from kvstore_client.projections import checkpoint, commands
 from kvstore_client.projections.allotment import check_budgets
@@ -85,11 +86,19 @@ def find(run: Run, projection: Path, out: Path, settings: SearchSettings, state:
     }
     found = [] if state is None or not state.exists() else _read_state(state, made_from)
     cost = Divergence(network, start, settings.codec, samples)
-    for each in search(start, settings, cost, found):
-        found = [*(known for known in found if known.budget != each.budget), each]
-        console.print(f"{each.budget:g}: KL {each.kl:.5f}, {each.kl_start:.5f} at first, {each.sweeps} sweeps")
-        if state is not None:
-            _write_state(state, made_from, found)
+    columns = (TextColumn("{task.completed} allotments measured"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("searching", total=None)
+
+        def counted(amounts: Tensor) -> float:
+            progress.advance(task)
+            return cost(amounts)
+
+        for each in search(start, settings, counted, found):
+            found = [*(known for known in found if known.budget != each.budget), each]
+            console.print(f"{each.budget:g}: KL {each.kl:.5f}, {each.kl_start:.5f} at first, {each.sweeps} sweeps")
+            if state is not None:
+                _write_state(state, made_from, found)
     measured = {f"kl {settings.codec} {each.budget:g}": each.kl for each in found}
     amounts = {each.budget: each.amounts for each in sorted(found, key=lambda each: each.budget)}
     out.write_bytes(searched_projection(start, settings.codec, amounts, f"search {settings.start}", measured))
