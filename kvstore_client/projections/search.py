@@ -86,16 +86,15 @@ def search(
     latest = {found.budget: found for found in known}
     amounts = torch.full_like(allotted(settings.codec, projection, settings.budgets[0]), most)
     for budget in sorted(settings.budgets, reverse=True):
-        found = latest.get(budget)
+        found, filled = latest.get(budget), allotted(settings.codec, projection, budget)
         if found is None:
             if settings.start == "water-filling":
-                amounts = _floored(allotted(settings.codec, projection, budget), settings.floor)
+                amounts = _floored(filled, settings.floor)
             kl = cost(amounts)
             found = Found(budget, amounts, kl, kl, 0, False)
-        total = _total(projection, settings, budget)
         while not found.ended:
             if settings.start == "full":
-                found = _lowered(found, settings, total, cost)
+                found = _lowered(found, settings, int(filled.sum()), cost)
             else:
                 found = _exchanged(found, settings, most, cost)
             yield found
@@ -110,11 +109,6 @@ def _floored(amounts: Tensor, floor: int) -> Tensor:
     for _ in range(int(raised.sum()) - total):
         raised.view(-1)[raised.argmax()] -= 1
     return raised
-
-
-def _total(projection: Projection, settings: SearchSettings, budget: float) -> int:
-    """Words or coordinates of all heads together."""
-    return int(allotted(settings.codec, projection, budget).sum())
 
 
 def _lowered(found: Found, settings: SearchSettings, total: int, cost: Cost) -> Found:

@@ -71,8 +71,9 @@ def test_a_search_lowers_the_kl_at_an_equal_budget(codec: Codec, budget: float, 
     assert int(found.amounts.max()) <= most_of(codec, 32)
 
 
-def test_a_resumed_search_ends_as_an_uninterrupted_one() -> None:
-    settings = SearchSettings("projected", (0.25, 0.5), step=8, sweeps_max=5)
+@pytest.mark.parametrize("begin", ["full", "water-filling"])
+def test_a_resumed_search_ends_as_an_uninterrupted_one(begin: Any) -> None:
+    settings = SearchSettings("projected", (0.25, 0.5), start=begin, step=8, sweeps_max=5)
     states = list(search(start(), settings, convex))
     for stop in range(1, len(states)):
         known = list({found.budget: found for found in states[:stop]}.values())

@@ -70,8 +70,11 @@ def test_training_writes_a_projection_and_an_interrupted_one_the_same(folder: Pa
 
 
 def test_supervised_training_writes_adapters_beside_a_projection_that_names_no_model(folder: Path) -> None:
-    made = train(folder, "--mode", "sft", "--steps", "2", text="pairs")
-    assert made.exit_code == 0, made.output
+    for out in ("out", "again"):  # the second finds the first one's end
+        made = train(folder, "--mode", "sft", "--steps", "2", "--state", str(folder / "state"), text="pairs", out=out)
+        assert made.exit_code == 0, made.output
+    learned = [(folder / f"{out}.adapters" / "adapter_model.safetensors").read_bytes() for out in ("out", "again")]
+    assert learned[0] == learned[1]
     assert read_projection((folder / "out").read_bytes()).header.model_fingerprint == ""
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {f.name for f in (folder / "out.adapters").iterdir()}
 
