@@ -31,6 +31,7 @@ HOMES = {
     "kvstore_client": (
         "kvstore_client",
         "kvstore_server.cli",
+        "kvstore_server.cli_training",
         "kvstore_server.session_commands",
         "kvstore_server.report",
     ),
