@@ -154,13 +154,19 @@ class LogView:
         for _ in range(ATTEMPTS):
             places = {owner: self._meta.places(owner.session, owner.generation) for owner in state.ancestors}
             known = state.merged
-            entries = read_entries(self._store, state, {owner: each.merged for owner, each in places.items()})
+            try:
+                entries = read_entries(self._store, state, {owner: each.merged for owner, each in places.items()})
+            except DataLoss as error:
+                entries = error
             self._meta.catch_up(state)
-            if state.merged == known and all(self._meta.is_current(o.session, p) for o, p in places.items()):
-                state.entries = entries
-                for each in places.values():
-                    state.share(each.floor)
-                return entries
+            if state.merged != known or not all(self._meta.is_current(o.session, p) for o, p in places.items()):
+                continue
+            if isinstance(entries, DataLoss):
+                raise entries
+            state.entries = entries
+            for each in places.values():
+                state.share(each.floor)
+            return entries
         raise Unavailable("CONTENDED", f"{ATTEMPTS} times something was merged while the log was read")
 
     def _last(self, state: SessionState) -> AppendEntry | None:

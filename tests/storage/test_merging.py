@@ -111,6 +111,22 @@ def test_a_writer_who_missed_the_merging_neither_wins_a_free_name_nor_is_believe
     assert objects(store) == ["merged 1"]
 
 
+def test_what_a_late_writer_left_is_no_damage_to_a_reader_who_slept_as_long(log: CommitLog, store: MemoryStore) -> None:
+    state = created(log)
+    append(log, state, 2, seed=0)
+    late = loaded(log)
+    append(log, state, 2, seed=1)
+    slept = log.load("a")
+    assert slept
+    merge(store)
+    collect(store)
+    append(log, loaded(log), 2, seed=2)
+    with pytest.raises(AlreadyExists):
+        append(log, late, 3, seed=7)
+    assert objects(store) == ["log 2", "log 4", "merged 1"]
+    assert log.appends(slept) == log.appends(loaded(log))
+
+
 def test_appends_are_recognised_after_they_were_merged(log: CommitLog, store: MemoryStore) -> None:
     state = three_appends(log)
     merge(store)
