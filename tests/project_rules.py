@@ -12,6 +12,7 @@ VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "misc"
 
 LAYERS = [
     ("kvstore_server.cli",),
+    ("kvstore_server.commands",),
     ("kvstore_server.app",),
     ("kvstore_server.rpc",),
     ("kvstore_server.sessions",),
@@ -28,7 +29,7 @@ HOMES = {
     "google": ("kvstore_server.rpc", "kvstore_client"),
     "kvstore_proto": ("kvstore_server.rpc", "kvstore_client"),
     "kvstore_server": ("kvstore_server",),
-    "kvstore_client": ("kvstore_client", "kvstore_server.cli", "kvstore_server.report"),
+    "kvstore_client": ("kvstore_client", "kvstore_server.cli", "kvstore_server.commands", "kvstore_server.report"),
     "redis": ("kvstore_server.metadata.redis",),
     "obstore": ("kvstore_server.storage.bucket",),
     "cupy": ("kvstore_kernels",),
