@@ -12,6 +12,7 @@ from grpc import aio
 
 from kvstore_client.errors import CLOSED, Cancelled, KVStoreError, Unavailable, from_status
 from kvstore_client.rpcs import Rpc
+from kvstore_client.tracing import trace_headers
 
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
@@ -145,7 +146,8 @@ class GrpcTransport:
 
 
 def _metadata(affinity: str) -> tuple[tuple[str, str], ...]:
-    return ((AFFINITY_KEY, affinity),) if affinity else ()
+    own = ((AFFINITY_KEY, affinity),) if affinity else ()
+    return own + trace_headers()
 
 
 class _FirstStatus:

@@ -4,6 +4,7 @@ Messages are parsed here rather than by gRPC, so that bytes that are no message 
 """
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -16,10 +17,12 @@ from google.protobuf.message_factory import GetMessageClass
 from kvstore_proto.v1 import kvstore_pb2
 from kvstore_server.errors import DeadlineExceeded, InvalidArgument, KVStoreError, ResourceExhausted, Unavailable
 from kvstore_server.limits import Limits
+from kvstore_server.monitoring.traces import traced
 from kvstore_server.rpc.append_messages import parse_append
 from kvstore_server.rpc.status import abort
 from kvstore_server.telemetry import Telemetry
 
+LOG = logging.getLogger(__name__)
 BUSY_RETRY_SECONDS = 0.05
 SERVICE = kvstore_pb2.DESCRIPTOR.services_by_name["KVStoreService"]
 PARSERS: dict[str, Callable[[bytes], Any]] = {"Append": parse_append}
@@ -114,7 +117,7 @@ class Handlers:
 
     @asynccontextmanager
     async def _guarded(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
-        with self._telemetry.call(method) as outcome:
+        with self._telemetry.call(method) as outcome, traced(method, context.invocation_metadata()):
             try:
                 with self._admission.call(method):
                     # An Attend stream lives on; its steps have deadlines of their own.
@@ -128,6 +131,7 @@ class Handlers:
                 await abort(context, DeadlineExceeded("DEADLINE", "the call took longer than its deadline"))
             except Exception as error:
                 outcome.code = error.code if isinstance(error, KVStoreError) else "INTERNAL"
+                LOG.debug("%s answers %s: %s", method, outcome.code, error)
                 await abort(context, error)
 
     async def _write(self, context: grpc.aio.ServicerContext, responses: AsyncIterator[Message]) -> None:

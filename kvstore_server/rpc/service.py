@@ -164,7 +164,9 @@ class KVStoreServicer:
     async def Attend(
         self, requests: AsyncIterator[pb.AttendRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.AttendResponse]:
-        stream = AttendStream(self._sessions.querying, self._limits, TENANT, self._admission.draining)
+        stream = AttendStream(
+            self._sessions.querying, self._limits, TENANT, self._admission.draining, self._sessions.telemetry
+        )
         async for response in stream.run(requests):
             yield response
 
