@@ -51,17 +51,22 @@ def complaints(read: list[tuple[str, str]], found: Read) -> list[str]:
     ]
 
 
+async def exercise(target: str) -> None:
+    """A bit of everything."""
+    async with AsyncKVStoreClient(target) as client:
+        session = await client.create_session("s", shape_named("1x1x2x32"))
+        await session.append(*torch.randn(2, 1, 300, 1, 32).bfloat16(), start=session.length)
+        for _ in range(3):
+            await session.attend(0, torch.randn(1, 2, 32))
+            await session.topk(0, torch.randn(1, 2, 32), 5)
+        with pytest.raises(KVStoreError):
+            await session.attend(0, torch.randn(1, 2, 32), end=9999)
+
+
 async def server_exports(folder: Path) -> Read:
     """Of a server that has done a bit of everything."""
     async with serving(folder, quality={"sample_share": 1.0}) as server:
-        async with AsyncKVStoreClient(f"127.0.0.1:{server.port}") as client:
-            session = await client.create_session("s", shape_named("1x1x2x32"))
-            await session.append(*torch.randn(2, 1, 300, 1, 32).bfloat16())
-            for _ in range(3):
-                await session.attend(0, torch.randn(1, 2, 32))
-                await session.topk(0, torch.randn(1, 2, 32), 5)
-            with pytest.raises(KVStoreError):
-                await session.attend(0, torch.randn(1, 2, 32), end=999)
+        await exercise(f"127.0.0.1:{server.port}")
         return exported(server.telemetry.registry)
 
 
