@@ -65,8 +65,9 @@ async def prepared(
         yield session
     finally:
         with suppress(KVStoreError):  # then they expire
-            for info in await client.list_sessions(run.name):
-                await client.delete_session(info.name)
+            # By name where the names are known: listing needs the index.
+            for name in sorted(filled | empty) or [info.name for info in await client.list_sessions(run.name)]:
+                await client.delete_session(name)
 
 
 async def _fill(session: Session, vectors: Vectors, tokens: int, progress: Callable[[int], None]) -> None:
