@@ -150,6 +150,8 @@ class Server:
             gauge(f"kvstore_device_{name}", f"{text} since the start", read)
         gauge("kvstore_index_lag", "Changes that the index has not seen", lambda: self.sessions.index_lag)
         gauge("kvstore_expiry_stopped", "Whether too many are due at once", lambda: self.sessions.expiry.stopped)
+        merging = self.sessions.merging
+        gauge("kvstore_merged_objects", "Objects made of small ones since the start", lambda: merging.merged)
         gauge("kvstore_calls_in_flight", "Calls being answered", lambda: self.admission.in_flight)
 
     def _page(self, replica: Replica) -> str:

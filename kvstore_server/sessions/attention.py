@@ -19,6 +19,7 @@ from kvstore_server.memory.resident import Block, Blocks, ResidentSession
 from kvstore_server.scheduling.completion import Later
 from kvstore_server.sessions.live import LiveSession
 from kvstore_server.sessions.model import AttendAnswer, Fidelity, Precision
+from kvstore_server.storage.meta import Floor
 
 Fetch = Callable[[], Sequence[Tensor]]
 """Waits for results that are on their way to host memory."""
@@ -46,6 +47,8 @@ class Prefix:
     layer: int
     end: int
     precision: Precision
+    keys_finest: int = 0
+    """Its keys have no finer level."""
 
     @property
     def key(self) -> Hashable:
@@ -134,7 +137,7 @@ def top_k(device: Device, prefix: Prefix, q: Tensor, k: int, candidates: int) ->
     if not candidates:
         return device.backend.to_host(_best(device, prefix, q, k))
     positions = _best(device, prefix, q, candidates)[0].sort(dim=2).values
-    finest = replace(prefix, precision=replace(prefix.precision, keys_level=0))
+    finest = replace(prefix, precision=replace(prefix.precision, keys_level=prefix.keys_finest))
     scores = [_scores(device, finest, block, q) for block in device.blocks(finest)]
     order, best = device.backend.topk(torch.cat(scores, dim=2).gather(2, positions), k)
     return device.backend.to_host((positions.gather(2, order), best))
@@ -213,11 +216,21 @@ def _levels(plan: KindPlan) -> int:
     return len(plan.levels) if isinstance(plan, SignPlan) else 1
 
 
-def check_precision(resident: ResidentSession, layer: int, precision: Precision) -> None:
-    """FailedPrecondition when `required` and the codec has no such level."""
-    for kind, level in _levels_of(precision).items():
-        if precision.required and level >= (levels := _levels(resident.plan_of(layer, kind))):
+def effective(resident: ResidentSession, layer: int, precision: Precision, floor: Floor) -> Precision:
+    """The levels that are read: at most as fine as the floor.
+
+    FailedPrecondition when `required` and the codec has no such level, or the session no longer has it.
+    """
+    finest = list[int]()
+    for (kind, level), cut in zip(_levels_of(precision).items(), floor, strict=True):
+        levels = _levels(resident.plan_of(layer, kind))
+        if precision.required and level >= levels:
             raise FailedPrecondition("NO_LEVEL", f"{kind} of layer {layer} have {levels} levels", limit=levels)
+        if precision.required and level < (least := min(cut, levels - 1)):
+            text = f"{kind} of layer {layer} were cut to level {least}"
+            raise FailedPrecondition("NO_LEVEL", text, limit=least)
+        finest.append(max(level, cut))
+    return replace(precision, keys_level=finest[0], values_level=finest[1])
 
 
 def debias_of(resident: ResidentSession, layer: int, asked: float | None) -> float:

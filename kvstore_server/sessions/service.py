@@ -10,11 +10,13 @@ from kvstore_server.metadata.index import Index
 from kvstore_server.scheduling.engine import Engine
 from kvstore_server.sessions.appending import Appending
 from kvstore_server.sessions.attention import Device
+from kvstore_server.sessions.cooling import Cooling
 from kvstore_server.sessions.expiry import Expiry
 from kvstore_server.sessions.freshness import Freshness
 from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.lifecycle import Lifecycle
 from kvstore_server.sessions.maintenance import Maintenance
+from kvstore_server.sessions.merging import Merging
 from kvstore_server.sessions.prefixes import Prefixes
 from kvstore_server.sessions.projecting import Projecting
 from kvstore_server.sessions.quality import Quality
@@ -34,17 +36,10 @@ class SessionService:
     """What rpc calls: `lifecycle`, `appending` and `querying` over one store, one index and one device."""
 
     def __init__(
-        self,
-        store: ObjectStore,
-        index: Index,
-        engine: Engine,
-        device: Device,
-        settings: Settings,
-        telemetry: Telemetry | None = None,
+        self, store: ObjectStore, index: Index, engine: Engine, device: Device, settings: Settings, telemetry: Telemetry
     ) -> None:
-        self.limits = settings.limits
-        self.telemetry = telemetry or Telemetry()
-        self.quality = Quality(settings.quality, self.telemetry)
+        self.limits, self.telemetry = settings.limits, telemetry
+        self.quality = Quality(settings.quality, telemetry)
         self.default_codec = settings.codec
         self._store, grace = store, settings.gc_grace_seconds
         self._shared_index = settings.index.url != "memory"
@@ -66,8 +61,31 @@ class SessionService:
         self._freshness = Freshness(index, self.registry)
         self.expiry = Expiry(self.registry, self._indexing)
         quotas = Quotas(settings.quota)
+        cooling = Cooling(
+            store,
+            self.registry,
+            self._indexing,
+            settings.downgrade,
+            settings.merge,
+            sweep_seconds=settings.sweep_seconds,
+        )
         self.maintenance = Maintenance(
-            store, index, self.registry, self.expiry, quotas, sweep_seconds=settings.sweep_seconds, grace_seconds=grace
+            store,
+            index,
+            self.registry,
+            cooling,
+            self.expiry,
+            quotas,
+            sweep_seconds=settings.sweep_seconds,
+            grace_seconds=grace,
+        )
+        self.merging = Merging(
+            store,
+            self.registry,
+            self._indexing,
+            settings.merge,
+            sweep_seconds=settings.sweep_seconds,
+            grace_seconds=grace,
         )
         self.prefixes = Prefixes(self.registry, index, self.limits, grace)
         self.lifecycle = Lifecycle(
@@ -90,6 +108,7 @@ class SessionService:
         self._indexing.start()
         self._freshness.start()
         self.maintenance.start()
+        self.merging.start()
         self._filling = asyncio.create_task(self._fill_index())
         if not self._shared_index:
             await self._filling
@@ -113,5 +132,6 @@ class SessionService:
         if self.appending.commits:
             await asyncio.wait(set(self.appending.commits), timeout=10)
         await self.maintenance.close()
+        await self.merging.close()
         await self._freshness.close()
         await self._indexing.close()
