@@ -11,6 +11,7 @@ from time import perf_counter
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from kvstore_codecs.spec import CodecSpec
+from kvstore_server.redaction import pseudonym
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCH_ITEMS = (1, 2, 4, 8, 16, 32, 64)
@@ -22,6 +23,8 @@ RECALLS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 @dataclass
 class Outcome:
     code: str = "OK"
+    tenant: str | None = None
+    """None while nobody knows whose call it is."""
 
 
 def codec_label(spec: CodecSpec) -> str:
@@ -37,6 +40,8 @@ class Telemetry:
         self._started = self._counter("grpc_server_started", "Calls that began, by method", "grpc_method")
         self._handled = self._counter("grpc_server_handled", "Calls by method and code", "grpc_method", "grpc_code")
         self._handling = self._histogram("grpc_server_handling_seconds", "Seconds of a call", SECONDS, "grpc_method")
+
+        self._tenants = self._counter("kvstore_tenant_calls", "Calls by hashed tenant and code", "tenant", "grpc_code")
 
         self._steps = self._counter("kvstore_attend_steps", "Steps of Attend streams by code", "code")
         self._step_seconds = self._histogram(
@@ -74,6 +79,8 @@ class Telemetry:
             yield outcome
         finally:
             self._handled.labels(method, outcome.code).inc()
+            if outcome.tenant is not None:
+                self._tenants.labels(pseudonym(outcome.tenant), outcome.code).inc()
             self._handling.labels(method).observe(perf_counter() - began)
 
     def step(self, code: str, seconds: float) -> None:

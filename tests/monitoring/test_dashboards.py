@@ -77,10 +77,10 @@ async def test_every_series_of_dashboards_and_alerts_is_exported_by_a_server(tmp
     assert complaints(read, found) == []
     planted = [
         ("a", "sum(rate(kvstore_steps_total[5m]))"),
-        ("b", 'sum by (tenant) (up{job="kvstore"})'),
+        ("b", 'sum by (customer) (up{job="kvstore"})'),
         ("c", 'grpc_server_handled_total{grpc_status="OK"} > 0'),
     ]
-    assert complaints(planted, found) == ["a: kvstore_steps_total", "b: tenant", "c: grpc_status"]
+    assert complaints(planted, found) == ["a: kvstore_steps_total", "b: customer", "c: grpc_status"]
 
 
 @pytest.mark.parametrize(
