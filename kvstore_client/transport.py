@@ -14,6 +14,7 @@ from grpc import aio
 from kvstore_client.access import OPEN, Access, Tls
 from kvstore_client.errors import CLOSED, Cancelled, KVStoreError, Unavailable, from_status
 from kvstore_client.rpcs import Rpc
+from kvstore_client.tracing import trace_headers
 
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
@@ -97,7 +98,8 @@ class GrpcTransport:
         return self._channel
 
     def _metadata(self, affinity: str) -> tuple[tuple[str, str], ...]:
-        return (*self._access.metadata, *(((AFFINITY_KEY, affinity),) if affinity else ()))
+        own = ((AFFINITY_KEY, affinity),) if affinity else ()
+        return (*self._access.metadata, *own, *trace_headers())
 
     async def unary(self, rpc: Rpc[Request, Reply], request: Request, *, timeout: float, affinity: str = "") -> Reply:
         method = self._open().unary_unary(rpc.path, rpc.encode, rpc.decode)

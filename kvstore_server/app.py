@@ -4,7 +4,10 @@ import asyncio
 import logging
 import signal
 import sys
+from functools import partial
 from importlib.metadata import version
+from socket import gethostname
+from time import time
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -18,9 +21,13 @@ from kvstore_server.identity.key_ring import KeyRing
 from kvstore_server.identity.key_store import KeyStore
 from kvstore_server.limits import PROTOCOL_OVERHEAD_BYTES
 from kvstore_server.memory.device import EVENTS
-from kvstore_server.metadata.index import Index
+from kvstore_server.metadata.index import Index, ReplicaEntry
 from kvstore_server.metadata.memory import MemoryIndex
 from kvstore_server.metadata.redis import RedisIndex
+from kvstore_server.monitoring.history import History
+from kvstore_server.monitoring.page import Replica, Session, render
+from kvstore_server.monitoring.roll import Roll
+from kvstore_server.monitoring.web import Web
 from kvstore_server.redaction import Redactor, secrets_in
 from kvstore_server.rpc.authentication import Authenticator
 from kvstore_server.rpc.handlers import SERVICE, Admission, Handlers
@@ -63,8 +70,9 @@ class Server:
             await self._keys.start()
         device = await asyncio.to_thread(open_device, settings.device)
         backend = device.backend
-        self._engine = Engine(ENGINE_WAITING_MAX, backend.is_fatal, self._device_lost)
-        self.sessions = SessionService(store, open_index(settings.index), self._engine, device, settings)
+        self._engine = Engine(ENGINE_WAITING_MAX, backend.is_fatal, self._device_lost, self.telemetry.ran)
+        index = open_index(settings.index)
+        self.sessions = SessionService(store, index, self._engine, device, settings, self.telemetry)
         self._measure(device)
         await self.sessions.start()
         info = server_info(
@@ -81,9 +89,20 @@ class Server:
             reflection.enable_server_reflection(names, self._grpc)
         self.port, self.mtls_port = open_ports(self._grpc, settings)
         await self._grpc.start()
-        self._metrics = (
-            self.telemetry.serve(settings.listen.metrics_address) if settings.listen.metrics_address else None
+        self._history = History(self.telemetry.registry)
+        self._history.note()
+        self._roll = Roll(index, partial(self._entry, info.version, backend.name))
+        self._watching = [asyncio.create_task(each.run()) for each in (self._history, self._roll)]
+        replica = Replica(
+            version=info.version,
+            address=str(Address(settings.listen.address.host, self.port)),
+            device=backend.name,
+            store=info.store,
+            index=info.index,
+            started_unix_seconds=time(),
         )
+        metrics = settings.listen.metrics_address
+        self.web = Web(metrics, self.telemetry.registry, lambda: self._page(replica)) if metrics else None
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         LOG.info(
             "serving on %s, device %s, store %s, index %s",
@@ -104,14 +123,16 @@ class Server:
         except TimeoutError:
             finished = False
         await self._grpc.stop(grace=0 if not finished else 1)
+        for task in self._watching:
+            task.cancel()
+        await self._roll.note()
         await self.sessions.close()
         if self._keys is not None:
             await self._keys.close()
         self._audit.close()
         await asyncio.to_thread(self._engine.close, 5.0)
-        if self._metrics is not None:
-            self._metrics[0].shutdown()
-            self._metrics[0].server_close()
+        if self.web is not None:
+            await asyncio.to_thread(self.web.close)
         LOG.info("drained" if finished else "cut off what did not finish within drain_seconds")
         return finished
 
@@ -122,22 +143,45 @@ class Server:
 
     def _measure(self, device: Device) -> None:
         registry, engine, gauge = self.sessions.registry, self._engine, self.telemetry.gauge
+        maintenance, quality = self.sessions.maintenance, self.sessions.quality
+        gauge("kvstore_sessions", "Sessions of the store", lambda: maintenance.census.sessions)
+        gauge("kvstore_session_tokens", "Their tokens", lambda: maintenance.census.tokens)
+        gauge("kvstore_stored_bytes", "Bytes of their objects", lambda: maintenance.census.stored_bytes)
+        gauge("kvstore_raw_bytes", "Bytes of their tokens in their dtypes", lambda: maintenance.census.raw_bytes)
+        gauge("kvstore_quality_kept_bytes", "Of vectors kept to compare answers with", lambda: quality.kept_bytes)
+        gauge("kvstore_quality_kept_sessions", "Sessions of which there are some", lambda: quality.kept_sessions)
         gauge("kvstore_resident_bytes", "Bytes of loaded sessions", lambda: registry.resident_bytes)
         gauge("kvstore_resident_sessions", "Sessions that are loaded", lambda: registry.resident_sessions)
         gauge("kvstore_device_waiting", "Pieces of work that wait for the device", lambda: engine.waiting)
         gauge("kvstore_device_runs", "Runs of the device since the start", lambda: engine.runs)
         gauge("kvstore_device_run_items", "Pieces of work answered by them", lambda: engine.run_items)
-        if (memory := device.memory) is not None:
-            gauge("kvstore_device_bytes", "Bytes of the device's slab in use", lambda: memory.used_bytes)
-            gauge("kvstore_device_sessions", "Sessions on the device", lambda: memory.sessions)
-            for name, text in EVENTS.items():
-                gauge(f"kvstore_device_{name}", f"{text} since the start", lambda name=name: memory.counts[name])
+        memory = device.memory
+        gauge("kvstore_device_bytes", "Bytes of the device's slab in use", lambda: memory.used_bytes if memory else 0)
+        gauge("kvstore_device_size_bytes", "Bytes of that slab", lambda: memory.size_bytes if memory else 0)
+        gauge("kvstore_device_sessions", "Sessions on the device", lambda: memory.sessions if memory else 0)
+        for name, text in EVENTS.items():
+            read = partial(memory.counts.__getitem__, name) if memory else lambda: 0
+            gauge(f"kvstore_device_{name}", f"{text} since the start", read)
         gauge("kvstore_index_lag", "Changes that the index has not seen", lambda: self.sessions.index_lag)
         gauge("kvstore_expiry_stopped", "Whether too many are due at once", lambda: self.sessions.expiry.stopped)
         merging = self.sessions.merging
         gauge("kvstore_merged_objects", "Objects made of small ones since the start", lambda: merging.merged)
         gauge("kvstore_audit_lost", "Lines of the audit log that could not be written", lambda: self._audit.lost)
         gauge("kvstore_calls_in_flight", "Calls being answered", lambda: self.admission.in_flight)
+
+    def _page(self, replica: Replica) -> str:
+        """On a thread of the web server."""
+        entries = self.sessions.maintenance.census.largest
+        largest = [Session(each.name, each.length, each.stored_bytes, each.raw_bytes) for each in entries]
+        return render(replica, self._state, self._history, largest, self._roll.replicas)
+
+    def _entry(self, version: str, device: str, now: float) -> ReplicaEntry:
+        name = f"{gethostname()}:{self.port}"
+        return ReplicaEntry(name=name, version=version, device=device, state=self._state, seen_unix_seconds=now)
+
+    @property
+    def _state(self) -> str:
+        return "draining" if self.admission.draining.is_set() else "serving"
 
     async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
         for service in ("", SERVICE.full_name):

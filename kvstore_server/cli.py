@@ -22,6 +22,8 @@ from kvstore_server.cli_arguments import (
     explained,
 )
 from kvstore_server.cli_training import search, train
+from kvstore_server.commands.loadtest import loadtest
+from kvstore_server.commands.size import size
 from kvstore_server.key_commands import keys
 from kvstore_server.session_commands import sessions
 
@@ -45,6 +47,8 @@ projections.command()(search)
 app.add_typer(projections, name="projections")
 bench = typer.Typer(no_args_is_help=True, help="Measurements, each with a peer or ceiling in the same run.")
 app.add_typer(bench, name="bench")
+app.command()(loadtest)
+app.command()(size)
 
 
 def main() -> None:
@@ -207,30 +211,6 @@ def demo(
     from kvstore_client.demo.main import run
 
     raise typer.Exit(run(text))
-
-
-@app.command()
-def loadtest(
-    target: TargetOption = TARGET,
-    workers: Annotated[int, typer.Option(min=1, max=1000)] = 8,
-    rate: Annotated[float, typer.Option(help="Attend steps a second, all workers together, Poisson")] = 50.0,
-    duration: Annotated[float, typer.Option(help="Seconds")] = 10.0,
-    model: Annotated[str, typer.Option(help="smollm2-135m, llama-3.1-8b or qwen3-30b-a3b")] = "smollm2-135m",
-    tokens: Annotated[int, typer.Option(min=1, help="Length of the shared session")] = 4096,
-    seed: int = 0,
-    slo: Annotated[list[str] | None, typer.Option(help="p99=20ms, repeatable: sets the exit code")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the result as JSON too")] = None,
-) -> None:
-    """Many workers attend to one shared session at a rate that does not wait for answers."""
-    from kvstore_client.loadtest.load import Load
-    from kvstore_client.loadtest.main import run
-
-    try:
-        load = Load(target, model, tokens, workers, rate, duration, seed=seed)
-        code = run(load, slo=slo, json_file=json)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    raise typer.Exit(code)
 
 
 @bench.command("ops")

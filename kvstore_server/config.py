@@ -200,6 +200,15 @@ class Quota(Section):
     """Bytes that one server takes in, on average."""
 
 
+class Quality(Section):
+    """Answers that are computed again from vectors kept exactly, for the quality metrics."""
+
+    sample_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Of the answers for which exact vectors are kept; 0 keeps none."""
+    exact_bytes_max: Annotated[int, Field(ge=0)] = 64 << 20
+    """Host memory for them: one layer of each of the youngest sessions."""
+
+
 class Merge(Section):
     """Small neighbouring objects of a session become one, in the background."""
 
@@ -229,6 +238,8 @@ class Log(Section):
     """The least severe lines that are written."""
     format: Literal["text", "json"] = "text"
     """`json` writes one object a line."""
+    spans_endpoint: str | None = None
+    """An OpenTelemetry collector, as in http://localhost:4317, that is sent one span a call (extra `otel`)."""
     audit_file: Path | None = None
     """Who created, changed, forked or deleted what or was refused, one JSON object a line; null: not noted."""
 
@@ -254,6 +265,7 @@ class Settings(BaseSettings):
     memory: Memory = Memory()
     limits: Limits = Limits()
     quota: Quota = Quota()
+    quality: Quality = Quality()
     merge: Merge = Merge()
     downgrade: Downgrade = Downgrade()
     log: Log = Log()

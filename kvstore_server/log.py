@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 
 from kvstore_server.config import Log
+from kvstore_server.monitoring.traces import export_spans, trace_id
 from kvstore_server.redaction import Redactor, pseudonym
 
 TENANT: ContextVar[str] = ContextVar("tenant")
@@ -41,6 +42,8 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if found := trace_id():
+            line["trace_id"] = found
         if tenant := TENANT.get(None):
             line["tenant"] = pseudonym(tenant)
         if record.exc_info:
@@ -49,7 +52,9 @@ class JsonLines(logging.Formatter):
 
 
 def configure(log: Log, redact: Redactor) -> None:
-    """Sends everything at or above the level to standard error."""
+    """Sends everything at or above the level to standard error, and spans to where they are wanted."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Redacting(JsonLines() if log.format == "json" else TextLines(), redact))
     logging.basicConfig(level=log.level.upper(), handlers=[handler], force=True)
+    if log.spans_endpoint is not None:
+        export_spans(log.spans_endpoint)

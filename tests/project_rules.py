@@ -12,6 +12,7 @@ VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "misc"
 
 LAYERS = [
     ("kvstore_server.cli",),
+    ("kvstore_server.commands",),
     ("kvstore_server.app",),
     ("kvstore_server.rpc",),
     ("kvstore_server.sessions", "kvstore_server.identity"),
@@ -32,6 +33,7 @@ HOMES = {
         "kvstore_client",
         "kvstore_server.cli",
         "kvstore_server.cli_training",
+        "kvstore_server.commands",
         "kvstore_server.session_commands",
         "kvstore_server.report",
     ),

@@ -63,6 +63,13 @@ class ServerProcess:
         self._reader.start()
         self.target = self._wait_for_address()
 
+    def pause(self) -> None:
+        """SIGSTOP: connections stay, nothing is answered."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         self._process.kill()
         self._process.wait(10)

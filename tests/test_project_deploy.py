@@ -7,6 +7,7 @@ from kvstore_server.config import ENV_PREFIX, load
 
 from .project_rules import ROOT
 
+KUSTOMIZATION = yaml.safe_load((ROOT / "deploy" / "kustomization.yaml").read_text())
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 
 
@@ -25,7 +26,52 @@ def test_the_server_understands_its_environment_in_the_stack(monkeypatch: pytest
         assert name.startswith(ENV_PREFIX)
         monkeypatch.setenv(name, value)
     settings = load(overrides={"listen": {"insecure": "--insecure" in COMPOSE["kvstore"]["command"]}})
-    assert settings.index.url == "redis://redis:6379/0"
-    assert settings.index.read_password()
+    assert settings.index.url == "redis://kvstore@redis:6379/0"
+    assert str(settings.index.password_file) == "/secrets/redis_password"
     grace = float(COMPOSE["kvstore"]["stop_grace_period"].removesuffix("s"))
     assert settings.drain_seconds < grace
+
+
+def test_every_file_that_the_stack_mounts_is_there() -> None:
+    mounts = [mount for service in COMPOSE.values() for mount in service.get("volumes", []) if mount.startswith("./")]
+    assert mounts
+    assert [mount for mount in mounts if not (ROOT / mount.partition(":")[0]).exists()] == []
+
+
+def kubernetes_objects() -> list[dict]:
+    """What `kubectl apply -k deploy` makes, but for generated config maps."""
+    names = KUSTOMIZATION["resources"]
+    return [each for name in names for each in yaml.safe_load_all((ROOT / "deploy" / name).read_text())]
+
+
+def test_kubernetes_objects_are_of_their_schemas() -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate (PyPI) is not installed")
+    objects = kubernetes_objects()
+    assert len(objects) >= 10
+    for each in objects:
+        validate.validate(each, "1.36", strict=True)
+    broken = {**objects[1], "spec": {**objects[1]["spec"], "replica": 3}}
+    with pytest.raises(validate.ValidationError):
+        validate.validate(broken, "1.36", strict=True)
+
+
+def test_kubernetes_objects_name_each_other_rightly(monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = kubernetes_objects()
+    pods = [each["spec"]["template"] for each in objects if each["kind"] == "Deployment"]
+    labels = [pod["metadata"]["labels"] for pod in pods]
+    for each in objects:
+        spec = each.get("spec", {})
+        selector = spec.get("podSelector") or spec.get("selector") or {}
+        wanted = selector.get("matchLabels", selector)
+        assert any(wanted.items() <= own.items() for own in labels), each["metadata"]["name"]
+    maps = {volume["configMap"]["name"] for pod in pods for volume in pod["spec"]["volumes"] if "configMap" in volume}
+    generated = {each["name"]: each["files"] for each in KUSTOMIZATION["configMapGenerator"]}
+    assert maps == set(generated)
+    assert all((ROOT / "deploy" / file).exists() for files in generated.values() for file in files)
+    monkeypatch.setenv("KVSTORE__INDEX__PASSWORD", "from the secret")
+    settings = load(ROOT / "deploy" / "kubernetes" / "kvstore.yaml")
+    assert settings.drain_seconds < pods[0]["spec"]["terminationGracePeriodSeconds"]
+    assert {port["containerPort"] for port in pods[0]["spec"]["containers"][0]["ports"]} == {
+        settings.listen.address.port,
+        settings.listen.metrics_address.port if settings.listen.metrics_address else 0,
+    }

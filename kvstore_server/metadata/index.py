@@ -1,6 +1,6 @@
 """The seam to the index: what is known of sessions and can be rebuilt from the store, and news of their growth."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Annotated, Protocol
 
@@ -11,6 +11,7 @@ from kvstore_server.limits import SESSION_NAME
 REMOVED_KEPT_SECONDS = 3_600
 """How long a removed generation is remembered, so that a late put of it does not bring it back."""
 
+REPLICA_KEPT_SECONDS = 300.0
 UNIX_SECONDS_MAX = 2.0**53
 PREFIX_CANDIDATES = 4
 
@@ -53,6 +54,17 @@ class PrefixEntry(_Record):
     end: Whole
 
 
+class ReplicaEntry(_Record):
+    """A server over the same store, as it described itself when it was seen last."""
+
+    name: Annotated[str, Field(min_length=1, max_length=300)]
+    """Host and port."""
+    version: Annotated[str, Field(max_length=100)]
+    device: Annotated[str, Field(max_length=100)]
+    state: Annotated[str, Field(max_length=20)]
+    seen_unix_seconds: UnixSeconds
+
+
 class Notice(_Record):
     """A session has reached this length, or at length 0 come to be or to an end."""
 
@@ -60,6 +72,13 @@ class Notice(_Record):
     session: Name
     generation: Generation
     length: Whole
+
+
+def living(replicas: Iterable[ReplicaEntry]) -> list[ReplicaEntry]:
+    """By name, without those that were last seen REPLICA_KEPT_SECONDS or more before the latest."""
+    found = sorted(replicas, key=lambda each: each.name)
+    latest = max((each.seen_unix_seconds for each in found), default=0.0)
+    return [each for each in found if each.seen_unix_seconds > latest - REPLICA_KEPT_SECONDS]
 
 
 class Index(Protocol):
@@ -102,6 +121,14 @@ class Index(Protocol):
 
     def subscribe(self) -> AbstractAsyncContextManager[AsyncIterator[Notice]]:
         """Notices published from entry on. The iterator raises Unavailable when some may have been missed."""
+        ...
+
+    async def announce(self, replica: ReplicaEntry) -> None:
+        """Keeps the entry under its name."""
+        ...
+
+    async def replicas(self) -> Sequence[ReplicaEntry]:
+        """By name; those not seen for REPLICA_KEPT_SECONDS before the latest are forgotten."""
         ...
 
     async def ping(self) -> None:

@@ -3,6 +3,8 @@
 NAMESPACE = "kvstore:v1:"
 NOTICES = f"{NAMESPACE}notices"
 """The pub/sub channel."""
+REPLICAS = f"{NAMESPACE}replicas"
+"""The hash of servers."""
 
 
 def key(tenant: str, *parts: str) -> str:

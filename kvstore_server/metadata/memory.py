@@ -13,7 +13,9 @@ from kvstore_server.metadata.index import (
     REMOVED_KEPT_SECONDS,
     Notice,
     PrefixEntry,
+    ReplicaEntry,
     SessionEntry,
+    living,
 )
 
 NOTICES_WAITING_MAX = 4_096
@@ -28,6 +30,7 @@ class MemoryIndex:
         self._entries: dict[str, dict[str, SessionEntry]] = {}
         self._removed: dict[tuple[str, str], tuple[int, float]] = {}
         self._prefixes: dict[tuple[str, str], dict[str, PrefixEntry]] = {}
+        self._replicas: dict[str, ReplicaEntry] = {}
         self._subscribers: set[asyncio.Queue[Notice | None]] = set()
 
     async def put(self, entry: SessionEntry) -> bool:
@@ -97,6 +100,14 @@ class MemoryIndex:
             yield notice
         raise Unavailable("INDEX_UNAVAILABLE", "notices came faster than they were read")
 
+    async def announce(self, replica: ReplicaEntry) -> None:
+        self._replicas[replica.name] = replica
+
+    async def replicas(self) -> Sequence[ReplicaEntry]:
+        found = living(self._replicas.values())
+        self._replicas = {each.name: each for each in found}
+        return found
+
     async def ping(self) -> None:
         return
 
@@ -104,6 +115,7 @@ class MemoryIndex:
         self._entries.clear()
         self._removed.clear()
         self._prefixes.clear()
+        self._replicas.clear()
 
     async def close(self) -> None:
         return

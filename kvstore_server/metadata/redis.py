@@ -1,7 +1,8 @@
 """The index that several servers share, in Redis. What is read from it is parsed strictly and never trusted.
 
 Per tenant: a hash of entries by name (JSON), a sorted set of names for listing, a sorted set of last uses, for each
-removed session its generation, for a while, and for each label of a prefix a hash of sessions (JSON).
+removed session its generation, for a while, and for each label of a prefix a hash of sessions (JSON). Of all tenants: a
+hash of servers (JSON).
 """
 
 import asyncio
@@ -26,9 +27,11 @@ from kvstore_server.metadata.index import (
     UNIX_SECONDS_MAX,
     Notice,
     PrefixEntry,
+    ReplicaEntry,
     SessionEntry,
+    living,
 )
-from kvstore_server.metadata.keys import NAMESPACE, NOTICES, key
+from kvstore_server.metadata.keys import NAMESPACE, NOTICES, REPLICAS, key
 from kvstore_server.metadata.scripts import DROP_PREFIX, FIND_PREFIXES, PAGE, PUT_PREFIXES, STATE, SWAP
 
 log = logging.getLogger(__name__)
@@ -154,6 +157,19 @@ class RedisIndex:
                 except ValidationError:
                     self._distrust("a notice")
 
+    async def announce(self, replica: ReplicaEntry) -> None:
+        async with self._bounded():
+            await self._redis.hset(REPLICAS, replica.name, replica.model_dump_json())
+
+    async def replicas(self) -> Sequence[ReplicaEntry]:
+        async with self._bounded():
+            values = await self._redis.hgetall(REPLICAS)
+            entries = {name: entry for name, value in values.items() if (entry := self._replica(value))}
+            found = living(entries.values())
+            if gone := [name for name in values if entries.get(name) not in found]:
+                await self._redis.hdel(REPLICAS, *gone)
+        return found
+
     async def ping(self) -> None:
         async with self._bounded():
             await self._redis.ping()
@@ -209,6 +225,12 @@ class RedisIndex:
             return PrefixEntry.model_validate_json(value)
         except ValidationError:
             return self._distrust("a prefix")
+
+    def _replica(self, value: bytes | str) -> ReplicaEntry | None:
+        try:
+            return ReplicaEntry.model_validate_json(value)
+        except ValidationError:
+            return self._distrust("a replica")
 
     def _distrust(self, what: str) -> None:
         self.malformed += 1

@@ -16,9 +16,10 @@ from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_server.errors import DeadlineExceeded, InvalidArgument, NotFound, ResourceExhausted
 from kvstore_server.limits import Limits
 from kvstore_server.rpc import convert
-from kvstore_server.rpc.status import status_of
+from kvstore_server.rpc.status import code_name, status_of
 from kvstore_server.sessions.model import AttendAnswer, Query
 from kvstore_server.sessions.querying import Querying
+from kvstore_server.telemetry import Telemetry
 
 BUSY_RETRY_SECONDS = 0.01
 Answers: TypeAlias = "asyncio.Future[AttendAnswer] | asyncio.Future[list[AttendAnswer]]"
@@ -31,12 +32,16 @@ class StepInFlight:
     answers: Answers
     timer: asyncio.TimerHandle
     bytes: int
+    begun: float
 
 
 class AttendStream:
     """One caller's stream. An error answers the step it belongs to and never ends the stream."""
 
-    def __init__(self, querying: Querying, limits: Limits, tenant: str, draining: asyncio.Event) -> None:
+    def __init__(
+        self, querying: Querying, limits: Limits, tenant: str, draining: asyncio.Event, telemetry: Telemetry
+    ) -> None:
+        self._telemetry = telemetry
         self._querying, self._limits, self._tenant, self._draining = querying, limits, tenant, draining
         self._bound: dict[int, tuple[str, str]] = {}
         self._steps: dict[int, StepInFlight] = {}
@@ -108,16 +113,16 @@ class AttendStream:
             return pb.AttendResponse(handle=bind.handle, error=status_of(error))
 
     def _start(self, step: pb.AttendStep) -> None:
+        begun = monotonic()
         try:
             self._admit(step)
-            deadline = monotonic() + step.timeout_ms / 1000
-            answers = self._answers_of(step, deadline)
+            answers = self._answers_of(step, begun + step.timeout_ms / 1000)
         except Exception as error:
-            self._answers.put_nowait(pb.AttendResponse(request_id=step.request_id, error=status_of(error)))
+            self._answers.put_nowait(self._refusal(step, error, begun))
             return
         timer = asyncio.get_running_loop().call_later(step.timeout_ms / 1000, self._late, step)
         size = len(step.q.data)
-        self._steps[step.request_id] = StepInFlight(answers, timer, size)
+        self._steps[step.request_id] = StepInFlight(answers, timer, size, begun)
         self._bytes += size
         self._idle.clear()
         answers.add_done_callback(partial(self._answered, step))
@@ -155,22 +160,28 @@ class AttendStream:
 
     def _answered(self, step: pb.AttendStep, answers: Answers) -> None:
         error = None if answers.cancelled() else answers.exception()
-        if self._taken(step.request_id) is None or answers.cancelled():
+        flying = self._taken(step.request_id)
+        if flying is None or answers.cancelled():
             return
-        response = pb.AttendResponse(request_id=step.request_id)
         if isinstance(error, Exception):
-            response.error.CopyFrom(status_of(error))
-        elif error is not None:
+            self._answers.put_nowait(self._refusal(step, error, flying.begun))
+            return
+        if error is not None:
             raise error
-        else:
-            found = answers.result()
-            convert.fill_attended(response.result, found if isinstance(found, list) else [found], step.lse_base)
+        response, found = pb.AttendResponse(request_id=step.request_id), answers.result()
+        convert.fill_attended(response.result, found if isinstance(found, list) else [found], step.lse_base)
+        self._telemetry.step("OK", monotonic() - flying.begun)
         self._answers.put_nowait(response)
 
     def _late(self, step: pb.AttendStep) -> None:
         if self._drop(step.request_id):
             late = DeadlineExceeded("DEADLINE", f"the step took longer than {step.timeout_ms} ms")
-            self._answers.put_nowait(pb.AttendResponse(request_id=step.request_id, error=status_of(late)))
+            self._answers.put_nowait(self._refusal(step, late, monotonic() - step.timeout_ms / 1000))
+
+    def _refusal(self, step: pb.AttendStep, error: Exception, begun: float) -> pb.AttendResponse:
+        status = status_of(error)
+        self._telemetry.step(code_name(status.code), monotonic() - begun)
+        return pb.AttendResponse(request_id=step.request_id, error=status)
 
     def _drop(self, request_id: int) -> bool:
         """Lets go of a step that nobody waits for; False if it was answered already."""

@@ -6,6 +6,7 @@ here could refuse the caller.
 """
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -21,11 +22,13 @@ from kvstore_server.audit import AuditLog
 from kvstore_server.errors import DeadlineExceeded, InvalidArgument, KVStoreError, ResourceExhausted, Unavailable
 from kvstore_server.limits import Limits
 from kvstore_server.log import TENANT
+from kvstore_server.monitoring.traces import traced
 from kvstore_server.rpc.append_messages import parse_append
 from kvstore_server.rpc.authentication import NEEDED, Authenticator, Call, check_role, presented
 from kvstore_server.rpc.status import abort
 from kvstore_server.telemetry import Outcome, Telemetry
 
+LOG = logging.getLogger(__name__)
 BUSY_RETRY_SECONDS = 0.05
 AUDITED = {"CreateSession", "UpdateSession", "DeleteSession", "ForkSession", "PutProjection"}
 """Besides every call that is refused for who makes it."""
@@ -139,7 +142,7 @@ class Handlers:
     @asynccontextmanager
     async def _guarded(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator["CallInProgress"]:
         call: CallInProgress | None = None
-        with self._telemetry.call(method) as outcome:
+        with self._telemetry.call(method) as outcome, traced(method, context.invocation_metadata()):
             try:
                 seconds = deadline_seconds(context, self._limits)
                 caller = self._authenticator.caller_of(context)
@@ -159,6 +162,7 @@ class Handlers:
                 await abort(context, DeadlineExceeded("DEADLINE", "the call took longer than its deadline"))
             except Exception as error:
                 outcome.code = error.code if isinstance(error, KVStoreError) else "INTERNAL"
+                LOG.debug("%s answers %s: %s", method, outcome.code, error)
                 await abort(context, error)
             finally:
                 if method in AUDITED or outcome.code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):

@@ -149,7 +149,9 @@ class KVStoreServicer:
         )
 
     async def Attend(self, requests: AsyncIterator[pb.AttendRequest], call: Call) -> AsyncIterator[pb.AttendResponse]:
-        stream = AttendStream(self._sessions.querying, self._limits, call.tenant, self._admission.draining)
+        stream = AttendStream(
+            self._sessions.querying, self._limits, call.tenant, self._admission.draining, self._sessions.telemetry
+        )
         async for response in stream.run(requests):
             yield response
 

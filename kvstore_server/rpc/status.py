@@ -33,6 +33,11 @@ def status_of(error: BaseException) -> status_pb2.Status:
     return status
 
 
+def code_name(number: int) -> str:
+    """Such as UNAVAILABLE of 14."""
+    return next(code.name for code in grpc.StatusCode if code.value[0] == number)
+
+
 def trailers_of(status: status_pb2.Status) -> tuple[tuple[str, str | bytes], ...]:
     """Trailing metadata that carries the details, and pushback for gRPC's own retries."""
     trailers: list[tuple[str, str | bytes]] = [(DETAILS_KEY, status.SerializeToString())]

@@ -29,6 +29,7 @@ class Work:
     deadline: float
     """On time.monotonic()'s clock."""
     done: "asyncio.Future[Any]"
+    queued_at: float
 
 
 class Engine:
@@ -39,7 +40,8 @@ class Engine:
     that wait at the same time are run together; nothing ever waits for others to come.
 
     An error for which `is_fatal` holds means that the device is lost: it and all work after it answer Unavailable, and
-    `on_fatal` is called once, on a thread of the engine.
+    `on_fatal` is called once, on a thread of the engine. `ran` hears of every run, also there: its lane, the seconds
+    that its pieces had waited, and its own until the device was done.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class Engine:
         waiting_max: int,
         is_fatal: Callable[[BaseException], bool] = lambda _: False,
         on_fatal: Callable[[BaseException], None] = lambda _: None,
+        ran: Callable[[Lane, list[float], float], None] = lambda *_: None,
     ) -> None:
         self._waiting_max = waiting_max
-        self._is_fatal, self._on_fatal = is_fatal, on_fatal
+        self._is_fatal, self._on_fatal, self._ran = is_fatal, on_fatal, ran
         self._lanes: dict[Lane, deque[Work]] = {"query": deque(), "encode": deque()}
         self._wake = threading.Condition()
         self._open = True
@@ -109,7 +112,7 @@ class Engine:
                     limit=self._waiting_max,
                 )
             done = asyncio.get_running_loop().create_future()
-            self._lanes[lane].append(Work(item, run, key, deadline, done))
+            self._lanes[lane].append(Work(item, run, key, deadline, done, monotonic()))
             self._wake.notify()
         return done
 
@@ -125,7 +128,7 @@ class Engine:
                 other: Lane = "query" if last == "encode" else "encode"
                 last = other if self._lanes[other] else last
                 taken = self._take(self._lanes[last])
-            self._run(taken)
+            self._run(last, taken)
 
     @staticmethod
     def _take(lane: deque[Work]) -> list[Work]:
@@ -139,7 +142,7 @@ class Engine:
             lane.extend(kept)
         return taken
 
-    def _run(self, taken: list[Work]) -> None:
+    def _run(self, lane: Lane, taken: list[Work]) -> None:
         now = monotonic()
         due = [work for work in taken if not work.done.cancelled() and now <= work.deadline]
         late = DeadlineExceeded("DEADLINE", "the deadline passed before the device was free")
@@ -149,17 +152,31 @@ class Engine:
         self.runs += 1
         self.run_items += len(due)
         waiting = [work.done for work in due]
+        queued = [now - work.queued_at for work in due]
         try:
             results = due[0].run([work.item for work in due])
         except BaseException as error:
             self._failed(waiting, error)
             return
         if not isinstance(results, Later):
+            self._ran(lane, queued, monotonic() - now)
             settle_all(waiting, results)
-        elif self.waiting or self._completions.busy:
+            return
+        results = self._timed(lane, queued, now, results)
+        if self.waiting or self._completions.busy:
             self._completions.add(waiting, results)
         else:  # nothing else to launch: another thread would only cost a switch
             self._finish(waiting, results)
+
+    def _timed(
+        self, lane: Lane, queued: list[float], begun: float, results: Later[Sequence[Any]]
+    ) -> Later[Sequence[Any]]:
+        def wait() -> Sequence[Any]:
+            found = results.wait()
+            self._ran(lane, queued, monotonic() - begun)
+            return found
+
+        return Later(wait)
 
     def _finish(self, waiting: "list[asyncio.Future[Any]]", results: Later[Sequence[Any]]) -> None:
         """Waits for the device and answers."""

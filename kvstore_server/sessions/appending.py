@@ -29,11 +29,13 @@ from kvstore_server.sessions.encoding import accept_sketch, encode_layer, fit_is
 from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.live import LiveSession
 from kvstore_server.sessions.model import AppendResult
+from kvstore_server.sessions.quality import Pair, Quality
 from kvstore_server.sessions.quotas import Quotas
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.storage.commit_log import AlreadyPresent, CommitLog, Committed
 from kvstore_server.storage.digest import append_digest
 from kvstore_server.storage.keys import check_name
+from kvstore_server.telemetry import Telemetry
 
 BUSY_RETRY_SECONDS = 0.2
 HASH_BYTES = 32
@@ -56,10 +58,13 @@ class Appending:
         engine: Engine,
         backend: Backend,
         limits: Limits,
+        telemetry: Telemetry,
+        quality: Quality,
     ) -> None:
         self.registry, self.indexing, self.engine, self.backend = registry, indexing, engine, backend
         self.quotas = quotas
         self.limits = limits
+        self.telemetry, self.quality = telemetry, quality
         self.commits: set[asyncio.Task[AppendResult]] = set()
         self._count = 0
         self._bytes = 0
@@ -143,6 +148,7 @@ class OpenAppend:
         allocate = pageable if paging is None else paging.pinned
         self._assembly = AppendAssembly(header, live.state.shape, live.plan, exact, allocate)
         self._copying: asyncio.Future[None] | None = None
+        self._kept: Pair | None = None
 
     async def add(self, frame: Frame) -> None:
         """While one large frame is copied the next may arrive."""
@@ -245,19 +251,32 @@ class OpenAppend:
             if isinstance(outcome, Committed):
                 live.fit = live.fit or fit
                 live.grow(header.start, rows, header.tokens)
+                self._copy()
             return outcome
 
         try:
-            outcome = await asyncio.to_thread(commit)
+            with self._appending.telemetry.commit_seconds.time():
+                outcome = await asyncio.to_thread(commit)
         except Aborted:
             self._appending.registry.forget(live.state.tenant, live.state.session)
             raise
         if isinstance(outcome, Committed):
             self._appending.quotas.stored(live.state.tenant, outcome.entry.stored_bytes)
+            self._observe(outcome.entry.stored_bytes)
         self._appending.registry.make_room(live)
         await self._appending.registry.ensure_fit(live)
         self._appending.indexing.changed(live)
         return self._result(outcome)
+
+    def _observe(self, stored_bytes: int) -> None:
+        header, state, appending = self._header, self._live.state, self._appending
+        raw_bytes = header.tokens * state.shape.raw_bytes_per_token
+        appending.telemetry.appended(state.spec, header.tokens, raw_bytes, stored_bytes)
+        appending.quality.keep(self._live, header.start, header.tokens, self._kept)
+
+    def _copy(self) -> None:
+        if self._header.encoding == "raw":
+            self._kept = self._appending.quality.copied(self._live, self._header.start, self._assembly.vectors)
 
     def _result(self, outcome: Committed | AlreadyPresent) -> AppendResult:
         entry, live = outcome.entry, self._live

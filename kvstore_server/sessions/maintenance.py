@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from contextlib import suppress
+from dataclasses import dataclass
 from random import uniform
 from time import monotonic, time
 
@@ -17,7 +18,30 @@ from kvstore_server.storage.store import ObjectStore
 
 LOG = logging.getLogger(__name__)
 COLLECTIONS_PER_GRACE = 2
+LARGEST = 20
 PAGE = 1_000
+
+
+@dataclass(frozen=True)
+class Census:
+    """All sessions, as the index had them at the last sweep; tokens that forks share count for each of them."""
+
+    sessions: int = 0
+    tokens: int = 0
+    stored_bytes: int = 0
+    raw_bytes: int = 0
+    largest: tuple[SessionEntry, ...] = ()
+    """By stored bytes."""
+
+    @classmethod
+    def of(cls, entries: list[SessionEntry]) -> "Census":
+        return cls(
+            len(entries),
+            sum(entry.length for entry in entries),
+            sum(entry.stored_bytes for entry in entries),
+            sum(entry.raw_bytes for entry in entries),
+            tuple(sorted(entries, key=lambda entry: -entry.stored_bytes)[:LARGEST]),
+        )
 
 
 class Maintenance:
@@ -39,6 +63,7 @@ class Maintenance:
         self._cooling, self._quotas = cooling, quotas
         self._sweep_seconds, self._grace_seconds = sweep_seconds, grace_seconds
         self._task: asyncio.Task[None] | None = None
+        self.census = Census()
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run())
@@ -70,11 +95,14 @@ class Maintenance:
                 when = time() - (monotonic() - used_at)
                 await self._index.touch(live.state.tenant, live.state.session, when)
                 live.told_at = used_at
+        everything: list[SessionEntry] = []
         for tenant in await self._tenants():
             entries = await self._entries(tenant)
+            everything += entries
             self._quotas.measured(tenant, entries)
             await self._cooling.sweep(tenant, entries)
             await self._expiry.sweep(tenant, entries)
+        self.census = Census.of(everything)
 
     async def collect(self) -> int:
         """Removes garbage; how many objects. A session that is damaged keeps what it has."""

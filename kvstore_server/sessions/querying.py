@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -29,6 +30,7 @@ from kvstore_server.sessions.model import (
     SessionInfo,
     TopKAnswer,
 )
+from kvstore_server.sessions.quality import Quality
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.storage.keys import check_name
 
@@ -61,8 +63,9 @@ class Prefetched:
 class Querying:
     """Answers from the rows of one session; each names the prefix, the level and the error it was computed with."""
 
-    def __init__(self, registry: Registry, engine: Engine, device: Device, limits: Limits) -> None:
+    def __init__(self, registry: Registry, engine: Engine, device: Device, limits: Limits, quality: Quality) -> None:
         self._registry, self._engine, self._device, self._limits = registry, engine, device, limits
+        self._quality = quality
 
     async def bind(self, tenant: str, session: str, generation: str | None) -> SessionInfo:
         """The session an Attend handle stands for."""
@@ -109,7 +112,13 @@ class Querying:
         def work(items: list[attention.Item]) -> Later[list[AttendAnswer]]:
             return attention.attend(self._device, prefix, share, items)
 
-        return self._engine.run_together((prefix.key, share, query.q.dtype), item, work, deadline)
+        answer = self._engine.run_together((prefix.key, share, query.q.dtype), item, work, deadline)
+        answer.add_done_callback(partial(self._answered, live, query))
+        return answer
+
+    def _answered(self, live: LiveSession, query: Query, answer: "asyncio.Future[AttendAnswer]") -> None:
+        if not answer.cancelled() and answer.exception() is None:
+            self._quality.attended(live, query, answer.result())
 
     async def score(self, tenant: str, query: Query, start: int, deadline: float) -> AsyncIterator[ScoreAnswer]:
         """Logits of positions [start, query.end) in pieces a message can hold."""
@@ -143,7 +152,9 @@ class Querying:
             return Later(lambda: (best(), fidelity))
 
         (positions, scores), fidelity = await self._engine.run(work, deadline)
-        return TopKAnswer(positions[:, heads], scores[:, heads], live.generation, live.length, fidelity)
+        answer = TopKAnswer(positions[:, heads], scores[:, heads], live.generation, live.length, fidelity)
+        self._quality.top_k(live, query, answer)
+        return answer
 
     async def fetch(self, tenant: str, query: FetchQuery, deadline: float) -> FetchAnswer:
         """The rows of positions [start, end): what is stored, or vectors."""

@@ -15,6 +15,7 @@ from kvstore_server.sessions.projecting import Projecting
 from kvstore_server.storage.commit_log import CommitLog
 from kvstore_server.storage.keys import is_generation
 from kvstore_server.storage.store import ObjectStore
+from kvstore_server.telemetry import Telemetry
 
 LOADS_AT_ONCE = 2
 OPEN_MAX = 10_000
@@ -35,11 +36,13 @@ class Registry:
         grace_seconds: float,
         allocate: Allocate = pageable,
         opened: Callable[[LiveSession], None] = lambda _: None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self._store, self._projecting = store, projecting
         self._grace_seconds = grace_seconds
         self._allocate = allocate
         self._opened = opened
+        self._telemetry = telemetry or Telemetry()
         self._host_bytes_max = host_bytes_max
         self._staleness_seconds = staleness_seconds
         self._open: dict[tuple[str, str], LiveSession] = {}
@@ -50,11 +53,11 @@ class Registry:
 
     @property
     def resident_bytes(self) -> int:
-        return sum(live.resident.nbytes for live in self._open.values() if live.resident is not None)
+        return sum(live.resident.nbytes for live in list(self._open.values()) if live.resident is not None)
 
     @property
     def resident_sessions(self) -> int:
-        return sum(live.resident is not None for live in self._open.values())
+        return sum(live.resident is not None for live in list(self._open.values()))
 
     async def find(self, tenant: str, name: str) -> LiveSession | None:
         """The living session of that name, fresh, or None."""
@@ -147,7 +150,8 @@ class Registry:
         resident = live.resident = live.loadable()
         self._name_parent(live, resident)
         async with self._loads:
-            await asyncio.to_thread(extend_resident, self.log(live.state.tenant), live.state, resident, end)
+            with self._telemetry.load_seconds.time():
+                await asyncio.to_thread(extend_resident, self.log(live.state.tenant), live.state, resident, end)
         self.make_room(live)
         return resident
 
@@ -176,6 +180,7 @@ class Registry:
                 continue
             over -= live.resident.nbytes
             live.resident = None
+            self._telemetry.evictions.inc()
 
     async def _refreshed(self, tenant: str, live: LiveSession) -> bool:
         """Whether the generation still lives; its attributes are then up to date."""

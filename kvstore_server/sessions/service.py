@@ -19,12 +19,14 @@ from kvstore_server.sessions.maintenance import Maintenance
 from kvstore_server.sessions.merging import Merging
 from kvstore_server.sessions.prefixes import Prefixes
 from kvstore_server.sessions.projecting import Projecting
+from kvstore_server.sessions.quality import Quality
 from kvstore_server.sessions.querying import Querying
 from kvstore_server.sessions.quotas import Quotas
 from kvstore_server.sessions.rebuild import rebuild
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.sessions.warming import Warmer
 from kvstore_server.storage.store import ObjectStore
+from kvstore_server.telemetry import Telemetry
 
 LOG = logging.getLogger(__name__)
 FILL_RETRY_SECONDS = 5.0
@@ -33,8 +35,11 @@ FILL_RETRY_SECONDS = 5.0
 class SessionService:
     """What rpc calls: `lifecycle`, `appending` and `querying` over one store, one index and one device."""
 
-    def __init__(self, store: ObjectStore, index: Index, engine: Engine, device: Device, settings: Settings) -> None:
-        self.limits = settings.limits
+    def __init__(
+        self, store: ObjectStore, index: Index, engine: Engine, device: Device, settings: Settings, telemetry: Telemetry
+    ) -> None:
+        self.limits, self.telemetry = settings.limits, telemetry
+        self.quality = Quality(settings.quality, telemetry)
         self.default_codec = settings.codec
         self._store, grace = store, settings.gc_grace_seconds
         self._shared_index = settings.index.url != "memory"
@@ -51,6 +56,7 @@ class SessionService:
             grace,
             pageable if paging is None else paging.pinned,
             lambda live: self._warmer.begin(live.state.spec, live.state.shape),
+            self.telemetry,
         )
         self._freshness = Freshness(index, self.registry)
         self.expiry = Expiry(self.registry, self._indexing)
@@ -85,8 +91,10 @@ class SessionService:
         self.lifecycle = Lifecycle(
             self.registry, self.projecting, self._indexing, quotas, self.limits, self.default_codec
         )
-        self.appending = Appending(self.registry, self._indexing, quotas, engine, device.backend, self.limits)
-        self.querying = Querying(self.registry, engine, device, self.limits)
+        self.appending = Appending(
+            self.registry, self._indexing, quotas, engine, device.backend, self.limits, self.telemetry, self.quality
+        )
+        self.querying = Querying(self.registry, engine, device, self.limits, self.quality)
 
     @property
     def index_lag(self) -> int:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from kvstore_server.metadata.index import PREFIX_CANDIDATES, Index, Notice, PrefixEntry
+from kvstore_server.metadata.index import PREFIX_CANDIDATES, Index, Notice, PrefixEntry, ReplicaEntry
 
 from .entries import entry
 
@@ -189,3 +189,18 @@ async def test_more_labels_than_one_call_takes_are_all_asked(index: Index) -> No
     await index.put_prefixes("default", [(label, prefix("s", end)) for end, label in enumerate(labels)])
     found = await index.find_prefixes("default", labels)
     assert [entry.end for (entry,) in found] == list(range(1200))
+
+
+def replica(name: str, seen: float) -> ReplicaEntry:
+    return ReplicaEntry(name=name, version="1", device="cpu", state="serving", seen_unix_seconds=seen)
+
+
+async def test_servers_that_were_not_seen_for_long_are_forgotten(index: Index) -> None:
+    for each in (replica("b:1", 1000.0), replica("a:1", 1290.0), replica("gone:1", 900.0)):
+        await index.announce(each)
+    await index.announce(replica("b:1", 1200.0))
+    assert await index.replicas() == [replica("a:1", 1290.0), replica("b:1", 1200.0)]
+    await index.announce(replica("a:1", 5000.0))
+    assert await index.replicas() == [replica("a:1", 5000.0)]
+    await index.clear()
+    assert list(await index.replicas()) == []

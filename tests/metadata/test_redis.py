@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from kvstore_server.errors import Unavailable
 from kvstore_server.metadata import redis as redis_module
 from kvstore_server.metadata.index import Notice
-from kvstore_server.metadata.keys import NOTICES, key
+from kvstore_server.metadata.keys import NOTICES, REPLICAS, key
 from kvstore_server.metadata.redis import RedisIndex
 
 from ..redis_server import RedisServer
@@ -210,3 +210,11 @@ async def test_a_quiet_subscription_lasts_and_a_dead_one_is_noticed(
         own_server.process.send_signal(signal.SIGSTOP)
         with pytest.raises(Unavailable):
             await asyncio.wait_for(anext(notices), 5)
+
+
+@pytest.mark.parametrize("value", FOREIGN_VALUES, ids=range(len(FOREIGN_VALUES)))
+async def test_a_malformed_server_is_absent_and_forgotten(redis_index: RedisIndex, raw: Redis, value: str) -> None:
+    await raw.hset(REPLICAS, "a", value)
+    assert await redis_index.replicas() == []
+    assert redis_index.malformed == 1
+    assert await raw.hgetall(REPLICAS) == {}
