@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore_client import AsyncKVStoreClient, Retry
+from kvstore_client import AsyncKVStoreClient
 
 from ..running import ServerProcess
 from .tally import TALLY, only_in_the_whole_suite
@@ -14,8 +14,6 @@ from .workload import Worker
 
 pytestmark = [pytest.mark.slow, only_in_the_whole_suite]
 WORKERS = 8
-PATIENT = Retry(attempts=10_000)
-"""However long a restart takes on a busy machine: the calls' own timeouts are the bound."""
 
 
 @pytest.mark.parametrize(("signal", "cycles"), [("kill", 200), ("terminate", 100)])
@@ -27,7 +25,7 @@ async def test_what_was_acknowledged_is_there_after_every_restart(tmp_path: Path
     row = TALLY.row("kill -9 of a server, local" if signal == "kill" else "SIGTERM of a server, local")
     server, stop = await asyncio.to_thread(ServerProcess, tmp_path), asyncio.Event()
     try:
-        async with AsyncKVStoreClient(server.target, retry=PATIENT) as client:
+        async with AsyncKVStoreClient(server.target) as client:
             running = asyncio.gather(*(worker.run(client, stop) for worker in workers))
             for _ in range(cycles):
                 await asyncio.sleep(chance.uniform(0.1, 1.0))
