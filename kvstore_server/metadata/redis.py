@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 from redis.asyncio.client import PubSub
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisClusterException, RedisError, ResponseError
 
 from kvstore_server.errors import Unavailable
 from kvstore_server.metadata.index import (
@@ -27,7 +27,7 @@ from kvstore_server.metadata.index import (
     SessionEntry,
 )
 from kvstore_server.metadata.keys import NAMESPACE, NOTICES, key
-from kvstore_server.metadata.redis_client import CONNECTIONS_MAX, IDLE_SECONDS, connect
+from kvstore_server.metadata.redis_client import CONNECTIONS_MAX, IDLE_SECONDS, close, connect
 from kvstore_server.metadata.scripts import DROP_PREFIX, FIND_PREFIXES, PAGE, PUT_PREFIXES, STATE, SWAP
 
 log = logging.getLogger(__name__)
@@ -135,13 +135,19 @@ class RedisIndex:
 
     @asynccontextmanager
     async def subscribe(self) -> AsyncGenerator[AsyncIterator[Notice]]:
-        async with self._connect(retries=0) as client, client.pubsub() as channel:
+        client = self._connect(retries=0)
+        try:
             async with self._bounded():
-                await channel.subscribe(NOTICES)
-                while await channel.get_message(timeout=self._timeout_seconds) is None:
-                    pass
-            async with aclosing(self._notices(channel)) as notices:
-                yield notices
+                await client.initialize()  # of a cluster: where its slots are
+            async with client.pubsub() as channel:
+                async with self._bounded():
+                    await channel.subscribe(NOTICES)
+                    while await channel.get_message(timeout=self._timeout_seconds) is None:
+                        pass
+                async with aclosing(self._notices(channel)) as notices:
+                    yield notices
+        finally:
+            await close(client)
 
     async def _notices(self, channel: PubSub) -> AsyncGenerator[Notice]:
         asked = False
@@ -169,7 +175,7 @@ class RedisIndex:
                 await self._redis.unlink(name)
 
     async def close(self) -> None:
-        await self._redis.aclose()
+        await close(self._redis)
 
     async def _change(self, tenant: str, name: str, decide: Decide) -> bool:
         keys = [*_keys(tenant), key(tenant, "removed", name)]
@@ -230,7 +236,7 @@ class RedisIndex:
 def _unavailable() -> Generator[None]:
     try:
         yield
-    except (RedisError, OSError, TimeoutError) as error:
+    except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
         raise Unavailable("INDEX_UNAVAILABLE", "the index does not answer") from error
 
 

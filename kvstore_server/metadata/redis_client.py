@@ -7,7 +7,7 @@ from urllib.parse import unquote, urlsplit
 from redis.asyncio import ConnectionPool, Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import ExponentialWithJitterBackoff
 
 CONNECTIONS_MAX = 32
@@ -51,6 +51,14 @@ def connect(
     seconds = timeout_seconds * SENTINEL_SHARE
     sentinels = Sentinel(nodes, sentinel_kwargs={"socket_timeout": seconds, "socket_connect_timeout": seconds, **tls})
     return sentinels.master_for(service, db=int(database or 0), **options)
+
+
+async def close(client: Redis | RedisCluster) -> None:
+    """With the clients of sentinels, which it does not close itself."""
+    await client.aclose()
+    if isinstance(client, Redis) and isinstance(client.connection_pool, SentinelConnectionPool):
+        for sentinel in client.connection_pool.sentinel_manager.sentinels:
+            await sentinel.aclose()
 
 
 def _host_and_port(text: str, default_port: int) -> tuple[str, int]:
