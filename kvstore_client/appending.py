@@ -1,7 +1,10 @@
 """Appending a block of any size: cut into atomic pieces, sent in order, resumed where the server stands."""
 
 import asyncio
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvstore_client.errors import AlreadyExists, FailedPrecondition, OutOfRange, invalid
@@ -20,12 +23,34 @@ RESUMES_MAX = 8
 """How often one append may be sent back to an earlier length; a server that keeps doing so is broken."""
 
 
+PIECES_AHEAD = 2
+"""Pieces under way besides the one that is awaited: while it is committed, one is on the wire and one is encoded."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How an append is sent."""
+
+    piece_tokens: int
+    encode: bool
+    chain: TokenChain | None
+    timeout: float
+    ahead: int = PIECES_AHEAD
+
+
+class Turn:
+    """On the wire: frames go out after those of the piece before, so that pieces arrive whole in their order."""
+
+    def __init__(self, after: asyncio.Event) -> None:
+        self.after, self.sent = after, asyncio.Event()
+
+
 class Appender:
     """Appends of one session, one at a time."""
 
     def __init__(self, link: Link, info: SessionInfo) -> None:
         self._link, self._info = link, info
-        self._lock = asyncio.Lock()
+        self._lock, self._encoding = asyncio.Lock(), asyncio.Lock()
         self._sketcher: Sketcher | None = None
         self._encodes = True
         self.length = info.length
@@ -35,23 +60,47 @@ class Appender:
         self, block: Block, start: int | None, encode: bool, chain: TokenChain | None, timeout: float
     ) -> int:
         """See Session.append."""
-        piece_tokens = await self._piece_tokens(timeout)
+        way = Way(await self._piece_tokens(timeout), encode, chain, timeout)
         async with self._lock:
             first = position = self.length if start is None else start
             resumes = 0
             while position < first + block.tokens:
-                piece = block.slice(position - first, position - first + piece_tokens)
+                begun = position
                 try:
-                    await self._send(piece, position, encode, chain, timeout)
+                    async with aclosing(self._sent(block, first, position, way)) as ends:
+                        async for position in ends:
+                            self.length = max(self.length, position)
                 except OutOfRange as error:
+                    if way.ahead and position > begun:  # sent ahead to a server that does not know of the one before
+                        way = replace(way, ahead=0)
+                        continue
                     resumes += 1
                     if error.length is None or not first <= error.length < position or resumes > RESUMES_MAX:
                         raise
                     position = error.length
-                else:
-                    position += piece.tokens
-                    self.length = max(self.length, position)
             return self.length
+
+    async def _sent(self, block: Block, first: int, position: int, way: "Way") -> AsyncGenerator[int]:
+        """Sends what of `block` lies from `position` on; yields where each piece ends once it is durable, in order."""
+        under_way = deque[tuple[int, asyncio.Task[None]]]()
+        before = asyncio.Event()
+        before.set()
+        try:
+            while under_way or position < first + block.tokens:
+                full = len(under_way) > (way.ahead if self._sketcher or not (way.encode and self._encodes) else 0)
+                if full or position >= first + block.tokens:
+                    end, oldest = under_way.popleft()
+                    await oldest
+                    yield end
+                    continue
+                piece = block.slice(position - first, position - first + way.piece_tokens)
+                turn = Turn(before)
+                under_way.append((position + piece.tokens, asyncio.create_task(self._send(piece, position, way, turn))))
+                position, before = position + piece.tokens, turn.sent
+        finally:
+            for _, task in under_way:
+                task.cancel()
+            await asyncio.gather(*(task for _, task in under_way), return_exceptions=True)
 
     async def _piece_tokens(self, timeout: float) -> int:
         """Tokens of one atomic append; the same for every append, so that a repeated one is cut the same way."""
@@ -61,27 +110,31 @@ class Appender:
             raise invalid("k", f"one token takes {token_bytes} bytes, more than append_bytes_max", limit=bytes_max)
         return min(server.limit("append_tokens_max"), bytes_max // token_bytes)
 
-    async def _send(self, piece: Block, start: int, encode: bool, chain: TokenChain | None, timeout: float) -> None:
+    async def _send(self, piece: Block, start: int, way: "Way", turn: "Turn") -> None:
         """One atomic append.
 
         Sketches that are not what is stored are compared as vectors too: that is how an append made before the fit, or
         by a writer that does not encode, is recognised.
         """
-        if encode and (sketcher := await self._ready_sketcher(timeout)) is not None:
-            frames = await asyncio.to_thread(sketcher.encode, piece, start)
-            header = self._header(piece, start, sum(frame.data.nbytes for frame in frames), chain)
-            header.encoding, header.fit_fingerprint = pb.ENCODING_SKETCH, sketcher.plan.fingerprint
-            try:
-                await self._upload(header, frames, timeout)
-            except FailedPrecondition:
-                self._sketcher = None
-            except AlreadyExists:
-                pass
-            else:
-                return
-        header = self._header(piece, start, piece.tokens * self._info.shape.raw_bytes_per_token, chain)
-        header.encoding = pb.ENCODING_RAW
-        await self._upload(header, piece, timeout)
+        try:
+            if way.encode and (sketcher := await self._ready_sketcher(way.timeout)) is not None:
+                async with self._encoding:
+                    frames = await asyncio.to_thread(sketcher.encode, piece, start)
+                header = self._header(piece, start, sum(frame.data.nbytes for frame in frames), way.chain)
+                header.encoding, header.fit_fingerprint = pb.ENCODING_SKETCH, sketcher.plan.fingerprint
+                try:
+                    await self._upload(header, frames, way.timeout, turn)
+                except FailedPrecondition:
+                    self._sketcher = None
+                except AlreadyExists:
+                    pass
+                else:
+                    return
+            header = self._header(piece, start, piece.tokens * self._info.shape.raw_bytes_per_token, way.chain)
+            header.encoding = pb.ENCODING_RAW
+            await self._upload(header, piece, way.timeout, turn)
+        finally:
+            turn.sent.set()
 
     async def _ready_sketcher(self, timeout: float) -> "Sketcher | None":
         """None before the session is fitted, and for good where this machine cannot encode as the server does."""
@@ -110,9 +163,11 @@ class Appender:
             block_tokens=chain.block_tokens if chain else 0,
         )
 
-    async def _upload(self, header: pb.AppendHeader, body: Block | list[Frame], timeout: float) -> None:
+    async def _upload(self, header: pb.AppendHeader, body: Block | list[Frame], timeout: float, turn: "Turn") -> None:
         def requests() -> Iterator[pb.AppendHeader | Frame]:
             yield header
             yield from raw_frames(body) if isinstance(body, Block) else body
+            turn.sent.set()
 
+        await turn.after.wait()
         await self._link.upload(APPEND, requests, timeout=timeout, affinity=self._info.affinity)

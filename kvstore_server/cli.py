@@ -3,8 +3,6 @@
 import asyncio
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,21 +11,27 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from kvstore_server.cli_arguments import (
+    TARGET,
+    CountOption,
+    LengthOption,
+    ModelOption,
+    SkipOption,
+    TargetOption,
+    TextOption,
+    explained,
+)
+from kvstore_server.cli_training import search, train
+
 if TYPE_CHECKING:
     from kvstore_kernels.measurement import Measurement
-
-TargetOption = Annotated[str, typer.Option(help="host:port of a server", envvar="KVSTORE_TARGET")]
-TARGET = "127.0.0.1:7700"
-ModelOption = Annotated[str, typer.Option(help="smollm2 (the demo's), or a transformers model's folder")]
-TextOption = Annotated[Path, typer.Option(help="A text file", exists=True, dir_okay=False)]
-LengthOption = Annotated[int, typer.Option(min=64, help="Tokens of one sequence")]
-CountOption = Annotated[int, typer.Option(min=1, help="Sequences")]
-SkipOption = Annotated[int, typer.Option(min=0, help="Tokens of the text before the first sequence")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A remote compressed-KV store that can be queried.")
 sessions = typer.Typer(no_args_is_help=True, help="Sessions of a running server.")
 app.add_typer(sessions, name="sessions")
 projections = typer.Typer(no_args_is_help=True, help="Fitted bases for one model (extra `train`).")
+projections.command()(train)
+projections.command()(search)
 app.add_typer(projections, name="projections")
 bench = typer.Typer(no_args_is_help=True, help="Measurements, each with a peer or ceiling in the same run.")
 app.add_typer(bench, name="bench")
@@ -44,18 +48,6 @@ def main() -> None:
             raise
         Console(stderr=True).print(f"[red]{error.code}[/]: {error}", highlight=False)
         sys.exit(1)
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """What is wrong with an argument, or is not installed, without a traceback."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        text = f"{error.name} is not installed: pip install 'remote-kv-store[train]'"
-        raise typer.BadParameter(text) from None
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 @app.command()
@@ -283,7 +275,7 @@ def bench_quality(
     json: Annotated[Path | None, typer.Option(help="Write the table as JSON too")] = None,
 ) -> None:
     """What codecs cost a model: perplexity, KL and agreement of the next token, beside the exact model."""
-    with _explained():
+    with explained():
         from kvstore_client.projections.commands import quality
         from kvstore_client.projections.rows import DEFAULT
 
@@ -314,7 +306,7 @@ def fit_projection(
     """Fit bases to a model's keys and values over a text, in closed form."""
     if metric not in ("output", "query", "none"):
         raise typer.BadParameter(f"{metric} is not output, query or none")
-    with _explained():
+    with explained():
         from kvstore_client.projections.commands import fit
 
         fit(model, text, out, metric=metric, length=length, count=count, skip=skip, max_position=max_position)
@@ -344,7 +336,7 @@ def show_projection(file: Annotated[Path, typer.Argument(exists=True, dir_okay=F
     """What a projection file is."""
     from kvstore_client.projections.show import show
 
-    with _explained():
+    with explained():
         show(file)
 
 

@@ -217,6 +217,28 @@ class Quota(Section):
     """Bytes that one server takes in, on average."""
 
 
+class Merge(Section):
+    """Small neighbouring objects of a session become one, in the background."""
+
+    objects_min: Annotated[int, Field(ge=2)] | None = 64
+    """So many at a time at least; null: none."""
+    object_bytes_max: Annotated[int, Field(ge=1 << 16, le=1 << 30)] = 64 << 20
+    """What one of them may grow to, and one merge reads and writes."""
+    bytes_per_second_max: Annotated[int, Field(ge=1)] = 32 << 20
+    """What one server reads and writes for it, on average."""
+
+
+class Downgrade(Section):
+    """Sessions that nobody uses lose bits, for good; pinned ones and those that forks share never."""
+
+    unused_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """After so long without a use, as seen by one server that runs all the while; null: never."""
+    keys_level: Annotated[int, Field(ge=0, le=63)] = 1
+    """The finest level of keys that is kept; 0 keeps all."""
+    values_level: Annotated[int, Field(ge=0, le=63)] = 1
+    """Likewise of values."""
+
+
 class Log(Section):
     """What is written to standard error."""
 
@@ -245,6 +267,8 @@ class Settings(BaseSettings):
     memory: Memory = Memory()
     limits: Limits = Limits()
     quota: Quota = Quota()
+    merge: Merge = Merge()
+    downgrade: Downgrade = Downgrade()
     log: Log = Log()
     codec: CodecSpec = DEFAULT
     """For sessions that are created without one (docs/codecs.md)."""

@@ -28,7 +28,7 @@ HOMES = {
     "google": ("kvstore_server.rpc", "kvstore_client"),
     "kvstore_proto": ("kvstore_server.rpc", "kvstore_client"),
     "kvstore_server": ("kvstore_server",),
-    "kvstore_client": ("kvstore_client", "kvstore_server.cli", "kvstore_server.report"),
+    "kvstore_client": ("kvstore_client", "kvstore_server.cli", "kvstore_server.cli_training", "kvstore_server.report"),
     "redis": ("kvstore_server.metadata.redis", "kvstore_server.metadata.redis_client"),
     "obstore": ("kvstore_server.storage.bucket",),
     "cupy": ("kvstore_kernels",),

@@ -17,7 +17,8 @@ from kvstore_kernels.types import STEP, WORD_ROWS
 
 PLANES_MAX = max(STEP)
 _ERROR = np.array([1.0, *(plane_code(planes, planes).mse for planes in STEP)])
-_GAIN = np.round(_ERROR[:-1] - _ERROR[1:], 9)
+PLANE_GAINS = np.round(_ERROR[:-1] - _ERROR[1:], 9)
+"""What each further plane takes off the mean square error of a unit coordinate."""
 
 
 def band_of(d: int) -> int:
@@ -43,7 +44,7 @@ def plane_order(weights: Tensor) -> PlaneOrder:
     """Of one head with these weights [D]; of equal planes the one of the earlier band comes first."""
     band = band_of(len(weights))
     means = np.add.accumulate(weights.double().numpy().reshape(-1, band), axis=1)[:, -1] / band
-    values = (means[:, None] * _GAIN).reshape(-1)
+    values = (means[:, None] * PLANE_GAINS).reshape(-1)
     order = np.argsort(-values, kind="stable")
     a_word = values[order].reshape(-1, WORD_ROWS // band)
     return PlaneOrder(
@@ -58,3 +59,17 @@ def words_by_head(values: NDArray[np.float64], words: int) -> NDArray[np.int64]:
     """
     chosen = np.argsort(-values.reshape(-1), kind="stable")[:words]
     return np.bincount(chosen // values.shape[1], minlength=len(values))
+
+
+def words_of(weights: Tensor, bits: float) -> NDArray[np.int64]:
+    """Words [P, H] of the heads of P places with weights [P, H, D] that share `bits` a number."""
+    values = np.stack([[plane_order(head).words for head in place] for place in weights])
+    words = round(bits * weights.numel() / WORD_ROWS)
+    return words_by_head(values.reshape(-1, values.shape[2]), words).reshape(values.shape[:2])
+
+
+def ranks_of(weights: Tensor, share: float) -> NDArray[np.int64]:
+    """Leading coordinates [P, H], by their weights, of heads that keep this share of all together."""
+    falling = np.minimum.accumulate(weights.double().numpy(), axis=2)
+    ranks = words_by_head(falling.reshape(-1, falling.shape[2]), round(share * falling.size))
+    return ranks.reshape(falling.shape[:2])

@@ -1,8 +1,9 @@
 """A projection: bases, means and bit allocations for one model in one safetensors file, named by its sha256.
 
 The file holds for each kind `{kind}.basis` F32 [L, H, D, D], `{kind}.weights` and `{kind}.mean` F32 [L, H, D], where
-the header says so `{kind}.metric` F32 [L, H, D, D], and for each of its budgets `words.{bits}` U32 [2, L, H]: the
-words that every head stores. Metadata is {"format", "header"}, the header JSON.
+the header says so `{kind}.metric` F32 [L, H, D, D], and U32 [2, L, H] for each of its budgets `words.{bits}`, the words
+that every head stores, and for each of its shares `ranks.{share}`, the coordinates that it keeps. Metadata is
+{"format", "header"}, the header JSON.
 """
 
 import hashlib
@@ -30,6 +31,8 @@ _TORCH_DTYPES = {"F32": torch.float32, "U32": torch.int32}
 
 Metric = Literal["none", "query", "output"]
 Bits = Annotated[float, Field(gt=0, le=6)]
+Name = Annotated[str, Field(max_length=64)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Table = dict[str, tuple[str, tuple[int, ...]]]
 
 
@@ -53,6 +56,9 @@ class ProjectionHeader(Frozen, frozen=True):
     seed: int = 0
     has_metrics: bool = False
     budgets: Annotated[tuple[Bits, ...], Field(max_length=64)] = ()
+    shares: Annotated[tuple[Share, ...], Field(max_length=64)] = ()
+    measured: Annotated[dict[Name, float], Field(max_length=64)] = {}  # noqa: RUF012 - pydantic copies it
+    """Figures of how it was made."""
 
     def tensors(self) -> Table:
         """Name to dtype and shape, in the order of the file."""
@@ -66,6 +72,8 @@ class ProjectionHeader(Frozen, frozen=True):
                 table[f"{kind}.metric"] = "F32", (*heads, self.head_dim)
         for bits in self.budgets:
             table[f"words.{bits:g}"] = "U32", (len(KINDS), self.layers, self.kv_heads)
+        for share in self.shares:
+            table[f"ranks.{share:g}"] = "U32", (len(KINDS), self.layers, self.kv_heads)
         return table
 
 
@@ -85,11 +93,6 @@ class Projection:
 
     def metric(self, kind: Kind) -> Tensor | None:
         return self.parts.get(f"{kind}.metric")
-
-    def words(self, kind: Kind, bits: float) -> Tensor | None:
-        """The words of each head [L, H] at a budget that was searched for; None where there is no such budget."""
-        found = self.parts.get(f"words.{bits:g}")
-        return None if found is None else found[KINDS.index(kind)]
 
     @property
     def weighted(self) -> bool:
@@ -187,8 +190,9 @@ def _check_numbers(header: ProjectionHeader, parts: Mapping[str, Tensor]) -> Non
         raise ValueError(f"max_position {header.max_position} is beyond the {header.calibration_length} calibrated")
     for name, tensor in parts.items():
         if tensor.dtype == torch.int32:
-            if (tensor < 0).any() or (tensor > words_max).any():
-                raise ValueError(f"{name}: words of a head are outside [0, {words_max}]")
+            amount, most = name.partition(".")[0], words_max if name.startswith("words") else header.head_dim
+            if (tensor < 0).any() or (tensor > most).any():
+                raise ValueError(f"{name}: {amount} of a head are outside [0, {most}]")
         elif not tensor.isfinite().all():
             raise ValueError(f"{name} holds NaN or Inf")
     for kind in KINDS:
@@ -200,7 +204,8 @@ def _check_numbers(header: ProjectionHeader, parts: Mapping[str, Tensor]) -> Non
 
 def _fields(header: ProjectionHeader, table: Table) -> dict[str, object]:
     """The JSON of the file's head."""
-    text = json.dumps(header.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    later = {name for name in ("shares", "measured") if not getattr(header, name)}  # files from before have neither
+    text = json.dumps(header.model_dump(mode="json", exclude=later), sort_keys=True, separators=(",", ":"))
     fields: dict[str, object] = {"__metadata__": {"format": FORMAT, "header": text}}
     end = 0
     for name, (dtype, shape) in table.items():

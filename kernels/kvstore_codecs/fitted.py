@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvstore_codecs.allocation import plane_order, words_by_head
+from kvstore_codecs.allocation import PLANES_MAX, plane_order, ranks_of, words_of
 from kvstore_codecs.artifact import Projection
 from kvstore_codecs.matryoshka import level_budgets, matryoshka_plan
 from kvstore_codecs.plan import DEBIAS, Fit, ProjectedPlan, SignPlan
@@ -59,7 +59,11 @@ def fitted_plans(spec: CodecSpec, shape: ModelShape, fit: Fit | None, projection
         else:
             assert projection is not None
             places = [_given_place(fit, projection, *member) for member in layers]
-        made = _matryoshka(codec, places, projection) if isinstance(codec, Matryoshka) else _projected(codec, places)
+        made = (
+            _matryoshka(codec, places, projection)
+            if isinstance(codec, Matryoshka)
+            else _projected(codec, places, projection)
+        )
         plans |= {(place.layer, place.kind): plan for place, plan in zip(places, made, strict=True)}
     return plans
 
@@ -73,16 +77,17 @@ def _own_place(
     if fit is None or basis is None or basis.matrix.shape != expected:
         raise ValueError(f"the fit has no basis of the {kind} of {len(rows)} layers")
     row = rows.index(layer)
-    budget = _shares(basis.weights[row]) if projection is None else _budget(projection, layer, kind)
+    budget = _shares(basis.weights[row]) if projection is None else budget_weights(projection, layer, kind)
     return _Place(layer, kind, basis, row, fit.of(kind)[layer], budget)
 
 
 def _given_place(fit: Fit | None, projection: Projection, layer: int, kind: Kind) -> _Place:
     mean = projection.mean(kind) if fit is None else fit.of(kind)
-    return _Place(layer, kind, projection.basis(kind), layer, mean[layer], _budget(projection, layer, kind))
+    return _Place(layer, kind, projection.basis(kind), layer, mean[layer], budget_weights(projection, layer, kind))
 
 
-def _budget(projection: Projection, layer: int, kind: Kind) -> Tensor:
+def budget_weights(projection: Projection, layer: int, kind: Kind) -> Tensor:
+    """What shares bits out to the heads [H, D] of a layer and kind."""
     weights = projection.basis(kind).weights[layer]
     return weights if projection.weighted else _shares(weights)
 
@@ -107,25 +112,29 @@ def _words_by_level(
     budgets: list[float], places: list[_Place], projection: Projection | None
 ) -> list[NDArray[np.int64]]:
     """Words that each level reads [places, H], each at most those of the level before."""
-    values = np.stack([[plane_order(head).words for head in place.budget] for place in places])
-    count, heads, words_max = values.shape
-    numbers = count * heads * places[0].budget.shape[1]
-    levels = [np.full((count, heads), words_max)]
+    weights = torch.stack([place.budget for place in places])
+    levels = [np.full(weights.shape[:2], PLANES_MAX * weights.shape[2] // WORD_ROWS)]
     for bits in budgets:
-        searched = [projection.words(place.kind, bits) for place in places] if projection else []
-        if searched and searched[0] is not None:
-            found = np.stack([w[p.layer].numpy() for w, p in zip(searched, places, strict=True) if w is not None])
-        else:
-            words = round(bits * numbers / WORD_ROWS)
-            found = words_by_head(values.reshape(-1, words_max), words).reshape(count, heads)
-        levels.append(np.minimum(found, levels[-1]))
+        found = _searched(places, projection, f"words.{bits:g}", round(bits * weights.numel() / WORD_ROWS))
+        levels.append(np.minimum(words_of(weights, bits) if found is None else found, levels[-1]))
     return levels[1:]
 
 
-def _projected(codec: Projected, places: list[_Place]) -> Iterator[ProjectedPlan]:
-    """Leading coordinates by their weights, the best of all heads first."""
-    falling = np.minimum.accumulate(torch.stack([place.budget for place in places]).double().numpy(), axis=2)
-    count, heads, d = falling.shape
-    ranks = words_by_head(falling.reshape(-1, d), round(codec.share * count * heads * d)).reshape(count, heads)
-    for place, own in zip(places, ranks, strict=True):
+def _projected(codec: Projected, places: list[_Place], projection: Projection | None) -> Iterator[ProjectedPlan]:
+    """Leading coordinates, as they were searched for or by their weights."""
+    weights = torch.stack([place.budget for place in places])
+    found = _searched(places, projection, f"ranks.{codec.share:g}", round(codec.share * weights.numel()))
+    for place, own in zip(places, ranks_of(weights, codec.share) if found is None else found, strict=True):
         yield projected_plan(place.basis, place.row, own.tolist(), place.mean)
+
+
+def _searched(places: list[_Place], projection: Projection | None, name: str, total: int) -> NDArray[np.int64] | None:
+    """What a projection allots to these places [places, H]; None if it does not, or spends another total on them.
+
+    A search shares a budget among all layers and both kinds, and says nothing of a codec for some of them.
+    """
+    allotted = None if projection is None else projection.parts.get(name)
+    if allotted is None:
+        return None
+    found = np.stack([allotted[KINDS.index(place.kind), place.layer].numpy() for place in places])
+    return found if found.sum() == total else None

@@ -14,6 +14,8 @@ from kvstore_codecs.transform import Basis
 from kvstore_kernels.types import Encoder, Expansion, SignLayout
 
 FIT_TOKENS_MAX = 4096
+MEAN_CHANNELS = 64
+"""Summed at a time: their rows then fit a core's cache."""
 DEBIAS = 0.5
 """Of codecs whose bits do not follow what a score's error costs: half is best, measured."""
 
@@ -195,10 +197,17 @@ def digest_of(text: str, tensors: Iterable[Tensor]) -> str:
 
 
 def _mean(rows: Tensor) -> Tensor:
-    """float32 [H, D] of [N, H, D]: halves added to halves, elementwise, so that no reduction chooses its own order."""
-    count, total = rows.shape[0], rows.double()
+    """float32 [H, D] of [N, H, D]."""
+    wide = rows.float().flatten(1)  # halves to doubles at once is the slower way
+    sums = torch.cat([_sum(part) for part in wide.split(MEAN_CHANNELS, 1)])
+    return (sums / len(rows)).float().view(rows.shape[1:])
+
+
+def _sum(rows: Tensor) -> Tensor:
+    """float64 [C] of [N, C]: halves added to halves, elementwise, so that no reduction chooses its own order."""
+    total = rows.double()
     while len(total) > 1:
         half = len(total) // 2
-        rest = total[2 * half :]
-        total = torch.cat([total[:half] + total[half : 2 * half], rest])
-    return (total[0] / count).float()
+        sums = total[:half] + total[half : 2 * half]
+        total = torch.cat([sums, total[2 * half :]]) if len(total) % 2 else sums
+    return total[0]

@@ -21,7 +21,7 @@ from kvstore_kernels.types import (
     as_torch_dtype,
     plane_weights,
 )
-from kvstore_kernels.variance import alpha_columns, score_variance, sum_of_squares
+from kvstore_kernels.variance import ScoreNoise, alpha_columns, score_noise, sum_of_squares
 
 __all__ = [
     "STEP",
@@ -35,6 +35,7 @@ __all__ = [
     "NonFiniteError",
     "Rows",
     "ScaleRangeError",
+    "ScoreNoise",
     "SignEncoder",
     "SignLayout",
     "SignRows",
@@ -46,7 +47,7 @@ __all__ = [
     "open_backend",
     "pack_rows",
     "plane_weights",
-    "score_variance",
+    "score_noise",
     "sum_of_squares",
     "unpack_rows",
 ]

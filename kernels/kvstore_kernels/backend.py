@@ -12,8 +12,11 @@ from kvstore_kernels import reference
 from kvstore_kernels.merge import merge_states
 from kvstore_kernels.paging import Paging
 from kvstore_kernels.types import Encoder, Rows, Signs
+from kvstore_kernels.variance import ScoreNoise
 
 State = tuple[Tensor, Tensor]
+Attended = tuple[Tensor, Tensor, Tensor | None]
+"""Out [T, Hq, D] in q's dtype, natural-log lse float32 [T, Hq] and, if asked for, variances of logits of that shape."""
 Stored = Any
 """Rows in host memory; a backend with `paging` also reads what its device holds: SignPages, and DenseRows there."""
 
@@ -64,11 +67,13 @@ class Backend(Protocol):
         sm_scale: float,
         logit_soft_cap: float,
         debias: float,
+        noise: ScoreNoise | None,
         kept: dict[Any, Any],
-    ) -> State:
-        """As `attend`, over the keys and values of all of at least one part; out is in q's dtype.
+    ) -> Callable[[], Attended]:
+        """Begins `attend` over the keys and values of all of at least one part; what it returns waits for the result.
 
-        `kept` belongs to exactly these parts: a backend keeps in it what makes the next call cheaper.
+        With `noise` the variances of q's logits come too. `kept` belongs to exactly these parts: a backend keeps in it
+        what makes the next call cheaper.
         """
         ...
 
@@ -112,14 +117,16 @@ class ReferenceBackend:
         sm_scale: float,
         logit_soft_cap: float,
         debias: float,
+        noise: ScoreNoise | None,
         kept: dict[Any, Any],
-    ) -> State:
+    ) -> Callable[[], Attended]:
         states = [
             self.attend(q, keys, values, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap, debias=debias)
             for keys, values in parts
         ]
         out, lse = states[0] if len(states) == 1 else merge_states(states)
-        return out.to(q.dtype), lse
+        attended = out.to(q.dtype), lse, None if noise is None else noise.variance(q)
+        return lambda: attended
 
     def decode(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Tensor:
         return self._decode(rows).to(dtype)

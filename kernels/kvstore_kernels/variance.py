@@ -1,5 +1,6 @@
 """How far estimated logits are from exact ones: what every answer says of itself."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -24,19 +25,33 @@ def sum_of_squares(scales: Tensor, columns: Tensor) -> Tensor:
     return sums[columns]
 
 
-def score_variance(q: Tensor, expansion: Expansion, mean_squares: Tensor) -> Tensor:
-    """float32 [T, Hq] for q [T, Hq, D]: sum_g mean(alpha_g^2) N_g(q), the mean being over stored tokens.
+@dataclass(frozen=True)
+class ScoreNoise:
+    """Of logits over certain stored tokens: q^T form q for any query q, or factor |q|^2 where the form is so simple."""
 
-    `mean_squares` is float64 [H, G]. The variance of a logit is this times sm_scale^2. N_g(q) = q^T noise_form q, so a
-    query is not expanded for it.
+    form: Tensor
+    """float32 [H, D, D], or the factor [H]."""
+
+    def variance(self, q: Tensor) -> Tensor:
+        """float32 [T, Hq] of q [T, Hq, D]; times sm_scale^2 it is the variance of a logit."""
+        heads = len(self.form)
+        rows = q.float().unflatten(1, (heads, query_group(q, heads, q.shape[2])))
+        if self.form.dim() == 1:
+            return (rows.square().sum(3) * self.form.unsqueeze(1)).flatten(1)
+        return torch.einsum("thrd,hde,thre->thr", rows, self.form, rows).flatten(1)
+
+
+def score_noise(expansion: Expansion, mean_squares: Tensor) -> ScoreNoise:
+    """sum_g mean(alpha_g^2) N_g(q), where N_g(q) = q^T noise_form q: a query is not expanded for it.
+
+    `mean_squares` float64 [H, G] are the means over the stored tokens.
     """
-    heads, head_dim = expansion.layout.heads, expansion.layout.head_dim
-    group = query_group(q, heads, head_dim)
+    weights = mean_squares.float()
     if (factor := expansion.noise_factor) is not None:
-        by_head = (factor * mean_squares).sum(1).float().repeat_interleave(group)
-        return q.float().square().sum(2) * by_head
-    rows = q.float().unflatten(1, (heads, group)).transpose(0, 1).flatten(1, 2)  # [H, R, D]
-    out = torch.zeros(heads, rows.shape[1])
-    for form, squares in zip(expansion.noise_form.unbind(1), mean_squares.float().unbind(1), strict=True):
-        out += squares.unsqueeze(1) * torch.einsum("hrd,hrd->hr", rows @ form, rows)
-    return out.unflatten(1, (q.shape[0], group)).transpose(0, 1).flatten(1, 2)
+        return ScoreNoise((factor * weights).sum(1))
+    return ScoreNoise((expansion.noise_form * weights[..., None, None]).sum(1))
+
+
+def score_variance(q: Tensor, expansion: Expansion, mean_squares: Tensor) -> Tensor:
+    """float32 [T, Hq] for q [T, Hq, D]: see ScoreNoise."""
+    return score_noise(expansion, mean_squares).variance(q)

@@ -86,7 +86,8 @@ def causal_weights(call: LayerCall, head: int) -> Tensor:
     return torch.softmax(logits + torch.full_like(logits, -torch.inf).triu(1), dim=-1)
 
 
-def stored_mask(tokens: int) -> Tensor:
+def stored_mask(tokens: int, device: torch.device | None = None) -> Tensor:
     """[T, T]: which tokens a query reads from a store: neither sinks nor the newest."""
-    query, token = torch.arange(tokens)[:, None], torch.arange(tokens)
+    token = torch.arange(tokens, device=device)
+    query = token[:, None]
     return (token >= SINK_TOKENS) & (token <= query - RECENT_TOKENS)

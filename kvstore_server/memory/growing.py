@@ -37,7 +37,7 @@ class GrowingRows:
         """Appends `rows` [n, ...]."""
         needed = self.length + rows.shape[0]
         if needed > self._buffer.shape[0]:
-            self.reserve(max(needed, self._buffer.shape[0] * 3 // 2, FIRST_ROWS))
+            self.reserve(max(needed, 2 * self._buffer.shape[0], FIRST_ROWS))
         self._buffer[self.length : needed] = rows
         self.length = needed
 

@@ -13,6 +13,7 @@ from kvstore_codecs.spec import CodecSpec, Kind, ModelShape
 from kvstore_kernels import as_torch_dtype
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_server.errors import InvalidArgument
+from kvstore_server.rpc.append_messages import CutFrame
 from kvstore_server.sessions.assembly import AppendHeader, Encoding, Frame
 from kvstore_server.sessions.model import AttendAnswer, FetchedPart, Fidelity, Precision, SessionInfo
 from kvstore_server.storage.geometry import Part
@@ -32,6 +33,12 @@ EXPONENTS = {
     torch.bfloat16: (np.uint16, np.uint16(0x7F80)),
 }
 """Unsigned integers of a dtype's size, and the bits that are all set in NaN and Inf alone."""
+UPPER_EXPONENTS = {
+    dtype: bytes(byte & mask == mask for byte in range(256))
+    for dtype, mask in ((torch.float32, 0x7F), (torch.float16, 0x7C), (torch.bfloat16, 0x7F))
+}
+"""For each upper byte whether those of these bits that it holds are all set."""
+SMALL_BYTES = 64 << 10
 FLOATS: tuple[pb.Dtype.ValueType, ...] = (pb.DTYPE_FLOAT32, pb.DTYPE_FLOAT16, pb.DTYPE_BFLOAT16)
 DTYPE_NAMES: dict[int, Literal["float32", "float16", "bfloat16"]] = {
     pb.DTYPE_FLOAT32: "float32",
@@ -79,11 +86,22 @@ def tensor_from(message: pb.Tensor, field: str, dims: int) -> Tensor:
     data = message.data
     if len(data) != count * dtype.itemsize:
         raise InvalidArgument(f"{field}.data", f"{len(data)} bytes instead of {count * dtype.itemsize}")
-    own = bytearray(data)
-    bits, exponent = EXPONENTS[dtype]
-    if ((np.frombuffer(own, bits) & exponent) == exponent).any():
+    if not _finite(data, dtype):
         raise InvalidArgument(field, "holds NaN or Inf")
-    return torch.frombuffer(own, dtype=dtype).view(tuple(message.shape))
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(tuple(message.shape))
+
+
+def _finite(data: bytes, dtype: torch.dtype) -> bool:
+    """Whether no exponent is all ones.
+
+    The upper bytes of a few rows are looked at first, without numpy: it would let go of the interpreter for that long
+    and wait for it after.
+    """
+    width, upper = dtype.itemsize, UPPER_EXPONENTS[dtype]
+    if len(data) <= SMALL_BYTES and b"\1" not in data[width - 1 :: width].translate(upper):
+        return True
+    bits, exponent = EXPONENTS[dtype]
+    return not ((np.frombuffer(data, bits) & exponent) == exponent).any()
 
 
 def tensor_to(tensor: Tensor) -> pb.Tensor:
@@ -205,7 +223,13 @@ def header_from(message: pb.AppendHeader) -> AppendHeader:
     )
 
 
-def frame_from(message: pb.AppendFrame) -> Frame:
+def frame_from(request: pb.AppendRequest | CutFrame) -> Frame:
+    if isinstance(request, CutFrame):
+        message, data = request.head, request.data
+    elif request.WhichOneof("body") == "frame":
+        message, data = request.frame, request.frame.data
+    else:
+        raise InvalidArgument("frame", "every message after the header must be a frame")
     return Frame(
         layer=message.layer,
         kind=chosen(KIND_NAMES, message.kind, "frame.kind"),
@@ -214,7 +238,7 @@ def frame_from(message: pb.AppendFrame) -> Frame:
         tokens=message.tokens,
         head_offset=message.head_offset,
         heads=message.heads,
-        data=message.data,
+        data=data,
     )
 
 

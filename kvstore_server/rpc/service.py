@@ -10,6 +10,7 @@ from kvstore_codecs.spec import Affine, Matryoshka, Projected, Qjl, Raw, Rotated
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_server.errors import InvalidArgument
 from kvstore_server.rpc import convert
+from kvstore_server.rpc.append_messages import CutFrame
 from kvstore_server.rpc.attend_stream import AttendStream
 from kvstore_server.rpc.fetch_stream import fetch_responses
 from kvstore_server.rpc.handlers import Admission, deadline_seconds
@@ -111,18 +112,16 @@ class KVStoreServicer:
         )
 
     async def Append(
-        self, requests: AsyncIterator[pb.AppendRequest], context: grpc.aio.ServicerContext
+        self, requests: AsyncIterator[pb.AppendRequest | CutFrame], context: grpc.aio.ServicerContext
     ) -> pb.AppendResponse:
         incoming = aiter(requests)
         first = await anext(incoming, None)
-        if first is None or first.WhichOneof("body") != "header":
+        if not isinstance(first, pb.AppendRequest) or first.WhichOneof("body") != "header":
             raise InvalidArgument("header", "the first message must be the header")
         header = convert.header_from(first.header)
         async with self._sessions.appending.begin(TENANT, header, self._deadline(context)) as append:
             async for request in incoming:
-                if request.WhichOneof("body") != "frame":
-                    raise InvalidArgument("frame", "every message after the header must be a frame")
-                append.add(convert.frame_from(request.frame))
+                await append.add(convert.frame_from(request))
             result = await append.commit()
         return pb.AppendResponse(
             generation=result.generation,

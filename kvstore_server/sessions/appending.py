@@ -40,6 +40,8 @@ HASH_BYTES = 32
 T = TypeVar("T")
 ENCODE_BYTES = 8 << 20
 """Raw bytes of the layers that are encoded in one piece of device work; queries slip in between pieces."""
+COPY_APART_BYTES = 256 << 10
+"""From here on another thread copies a frame: shorter ones cost less than the switch."""
 LayerRows = tuple[KindRows, KindRows]
 
 
@@ -68,14 +70,14 @@ class Appending:
         check_name("header.session", header.session)
         self._check_header(header)
         live = await self.registry.open(tenant, header.session, header.generation)
-        if header.start > live.length:
+        if header.start > live.length and not live.arrivals.reach(header.start):
             await self.registry.discover(live)
-        if header.start > live.length:
+        if header.start > live.length and not live.arrivals.reach(header.start):
             text = f"start {header.start} is beyond the length {live.length}"
             raise OutOfRange("BEYOND_LENGTH", text, length=live.length)
         self._check_encoding(live, header)
         await self._check_quota(live, header)
-        with self._reserved(header.data_bytes):
+        with self._reserved(header.data_bytes), live.arrivals.until(header.start + header.tokens):
             yield OpenAppend(self, live, header, deadline)
 
     async def _check_quota(self, live: LiveSession, header: AppendHeader) -> None:
@@ -140,15 +142,27 @@ class OpenAppend:
         exact, paging = _exact_tokens(header, live.exact_end), appending.backend.paging
         allocate = pageable if paging is None else paging.pinned
         self._assembly = AppendAssembly(header, live.state.shape, live.plan, exact, allocate)
+        self._copying: asyncio.Future[None] | None = None
 
-    def add(self, frame: Frame) -> None:
-        self._assembly.add(frame)
+    async def add(self, frame: Frame) -> None:
+        """While one large frame is copied the next may arrive."""
+        copy = self._assembly.add(frame)
+        if len(frame.data) < COPY_APART_BYTES:
+            copy()
+            return
+        await self._copied()
+        self._copying = asyncio.get_running_loop().run_in_executor(None, copy)
+
+    async def _copied(self) -> None:
+        if self._copying is not None:
+            await self._copying
 
     async def commit(self) -> AppendResult:
         """Encodes and commits; when it returns the append is durable.
 
         Once begun it runs to its end even if the caller leaves: then the outcome is unknown to the caller only.
         """
+        await self._copied()
         self._assembly.check_complete()
         task = asyncio.create_task(self._run())
         self._appending.commits.add(task)
@@ -158,18 +172,18 @@ class OpenAppend:
     async def _run(self) -> AppendResult:
         header, live = self._header, self._live
         log = self._appending.registry.log(live.state.tenant)
-
-        def settled() -> tuple[str, AlreadyPresent | None]:
-            shape, sent = live.state.shape.fingerprint, self._assembly.sent()
-            digest = append_digest(shape, header.start, header.tokens, header.encoding, sent)
-            return digest, log.already_present(live.state, header.start, header.tokens, digest)
-
+        digest = await asyncio.to_thread(self._digest)
+        await live.arrivals.wait(header.start, self._deadline)
         async with live.lock:
-            digest, present = await asyncio.to_thread(settled)
+            present = await asyncio.to_thread(log.already_present, live.state, header.start, header.tokens, digest)
             if present is not None:
                 return self._result(present)
             rows, fit, exact = await self._encoded()
             return await self._commit(log, digest, rows, fit, exact)
+
+    def _digest(self) -> str:
+        header, shape = self._header, self._live.state.shape.fingerprint
+        return append_digest(shape, header.start, header.tokens, header.encoding, self._assembly.sent())
 
     async def _encoded(self) -> tuple[list[LayerRows], Fit | None, int]:
         """What is stored of each layer, the fit if this append makes it, and how many of its tokens stay exact."""

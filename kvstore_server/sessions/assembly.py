@@ -1,6 +1,6 @@
 """Frames of one append, in any order, back to whole tensors; a stream that lies about itself never gets that far."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,7 +58,8 @@ class PartBuffer:
         self.bytes: NDArray[np.uint8] = self.tensor.numpy()
         self._filled = np.zeros((tokens, heads), dtype=bool)
 
-    def fill(self, frame: Frame) -> None:
+    def place(self, frame: Frame) -> Callable[[], None]:
+        """Gives a frame its cells; what it returns copies the bytes."""
         tokens, heads, row_bytes = self.bytes.shape
         start = frame.token_offset - self.first
         _check_range("frame.tokens", start, frame.tokens, tokens)
@@ -71,7 +72,8 @@ class PartBuffer:
         if self._filled[cells].any():
             raise InvalidArgument("frame.token_offset", "two frames carry the same cells")
         self._filled[cells] = True
-        self.bytes[cells] = np.frombuffer(frame.data, dtype=np.uint8).reshape(frame.tokens, count, row_bytes)
+        arrived = np.frombuffer(frame.data, dtype=np.uint8).reshape(frame.tokens, count, row_bytes)
+        return lambda: np.copyto(self.bytes[cells], arrived)
 
     @property
     def complete(self) -> bool:
@@ -102,14 +104,17 @@ class AppendAssembly:
             raise InvalidArgument("header.bytes", f"{header.data_bytes} instead of {expected}", limit=expected)
         self._buffers = {key: PartBuffer(allocate, *place) for key, *place in geometry}
 
-    def add(self, frame: Frame) -> None:
-        """Takes one frame; InvalidArgument if it does not fit or overlaps an earlier one."""
+    def add(self, frame: Frame) -> Callable[[], None]:
+        """Takes one frame; InvalidArgument if it does not fit or overlaps an earlier one.
+
+        What it returns copies the frame's bytes and may be called on any thread.
+        """
         if not 0 <= frame.layer < self._shape.layers:
             raise InvalidArgument("frame.layer", f"{frame.layer} is outside [0, {self._shape.layers})")
         buffer = self._buffers.get((frame.layer, frame.kind, frame.part))
         if buffer is None:
             raise InvalidArgument("frame.part", f"layer {frame.layer} {frame.kind} has no {frame.part} in this append")
-        buffer.fill(frame)
+        return buffer.place(frame)
 
     def check_complete(self) -> None:
         """InvalidArgument naming the first part that is not whole."""

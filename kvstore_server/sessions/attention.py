@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,13 +11,15 @@ from torch import Tensor
 from kvstore_codecs import projected
 from kvstore_codecs.plan import KindPlan, ProjectedPlan, SignPlan
 from kvstore_codecs.spec import KINDS, Kind
-from kvstore_kernels import Backend, DenseRows, SignRows, merge_states, score_variance
+from kvstore_kernels import Backend, DenseRows, ScoreNoise, SignRows, merge_states, score_noise
+from kvstore_kernels.backend import Attended
 from kvstore_server.errors import FailedPrecondition
 from kvstore_server.memory.device import DeviceMemory
 from kvstore_server.memory.resident import Block, Blocks, ResidentSession
 from kvstore_server.scheduling.completion import Later
 from kvstore_server.sessions.live import LiveSession
 from kvstore_server.sessions.model import AttendAnswer, Fidelity, Precision
+from kvstore_server.storage.meta import Floor
 
 Fetch = Callable[[], Sequence[Tensor]]
 """Waits for results that are on their way to host memory."""
@@ -44,6 +47,8 @@ class Prefix:
     layer: int
     end: int
     precision: Precision
+    keys_finest: int = 0
+    """Its keys have no finer level."""
 
     @property
     def key(self) -> Hashable:
@@ -80,20 +85,12 @@ def attend(device: Device, prefix: Prefix, debias: float, items: list[Item]) -> 
     shape = prefix.resident.shape
     q = items[0].q if len(items) == 1 else torch.cat([item.q for item in items])
     blocks = device.blocks(prefix)
-    scores: dict[str, float] = {"sm_scale": shape.sm_scale, "logit_soft_cap": shape.logit_soft_cap, "debias": debias}
-    if not blocks:
-        state = torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf)
-    elif _is_projected(prefix):
-        out, lse = merge_states([projected.attend(device.backend, q, b.keys, b.values, **scores) for b in blocks])
-        state = out.to(q.dtype), lse
-    else:
-        parts = [(block.keys, block.values) for block in blocks]
-        state = device.backend.attend_all(q, parts, **scores, kept=blocks.kept)
-    fetch = device.backend.to_host(state)
-    worth = _fidelities(prefix, q, [(len(item.q), item.heads) for item in items])
+    noise = _noise(prefix, blocks.kept)
+    fetch = _begin(device, prefix, q, blocks, noise, debias)
 
     def finish() -> list[AttendAnswer]:
-        out, lse = fetch()
+        out, lse, variances = fetch()
+        worth = _fidelities(prefix, [(len(item.q), item.heads) for item in items], variances)
         answers, first = list[AttendAnswer](), 0
         for item, fidelity in zip(items, worth, strict=True):
             last = first + len(item.q)
@@ -105,6 +102,23 @@ def attend(device: Device, prefix: Prefix, debias: float, items: list[Item]) -> 
         return answers
 
     return Later(finish)
+
+
+def _begin(
+    device: Device, prefix: Prefix, q: Tensor, blocks: Blocks, noise: ScoreNoise | None, debias: float
+) -> Callable[[], Attended]:
+    shape = prefix.resident.shape
+    scores: dict[str, float] = {"sm_scale": shape.sm_scale, "logit_soft_cap": shape.logit_soft_cap, "debias": debias}
+    if not blocks:
+        nothing = torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf), None
+        return lambda: nothing
+    if _is_projected(prefix):
+        out, lse = merge_states([projected.attend(device.backend, q, b.keys, b.values, **scores) for b in blocks])
+        fetch = device.backend.to_host((out.to(q.dtype), lse))
+        variances = None if noise is None else noise.variance(q)
+        return lambda: (*fetch(), variances)  # pyright: ignore[reportReturnType]
+    parts = [(block.keys, block.values) for block in blocks]
+    return device.backend.attend_all(q, parts, **scores, noise=noise, kept=blocks.kept)
 
 
 def score(device: Device, prefix: Prefix, start: int, q: Tensor) -> Fetch:
@@ -123,7 +137,7 @@ def top_k(device: Device, prefix: Prefix, q: Tensor, k: int, candidates: int) ->
     if not candidates:
         return device.backend.to_host(_best(device, prefix, q, k))
     positions = _best(device, prefix, q, candidates)[0].sort(dim=2).values
-    finest = replace(prefix, precision=replace(prefix.precision, keys_level=0))
+    finest = replace(prefix, precision=replace(prefix.precision, keys_level=prefix.keys_finest))
     scores = [_scores(device, finest, block, q) for block in device.blocks(finest)]
     order, best = device.backend.topk(torch.cat(scores, dim=2).gather(2, positions), k)
     return device.backend.to_host((positions.gather(2, order), best))
@@ -151,22 +165,42 @@ def _scores(device: Device, prefix: Prefix, block: Block, q: Tensor) -> Tensor:
 
 def fidelity(prefix: Prefix, q: Tensor, heads: slice) -> Fidelity:
     """What an answer over the prefix is worth; the levels are those really read."""
-    return _fidelities(prefix, q, [(len(q), heads)])[0]
+    noise = _noise(prefix, {})
+    return _fidelities(prefix, [(len(q), heads)], None if noise is None else noise.variance(q))[0]
 
 
-def _fidelities(prefix: Prefix, q: Tensor, callers: list[tuple[int, slice]]) -> list[Fidelity]:
-    """One for each caller, of so many rows of `q` and of these heads."""
+def _noise(prefix: Prefix, kept: dict[Any, Any]) -> ScoreNoise | None:
+    """Of logits over the prefix's sketched keys; None where there are none. `kept` is the prefix's."""
+    if "noise" not in kept:
+        resident, layer = prefix.resident, prefix.layer
+        keys = resident.plan_of(layer, "keys")
+        sketched = resident.exact_end is not None and prefix.end > resident.exact_end
+        kept["noise"] = (
+            score_noise(keys.levels[_keys_level(prefix)], resident.mean_squares(layer, prefix.end))
+            if sketched and isinstance(keys, SignPlan)
+            else None
+        )
+    return kept["noise"]
+
+
+def _keys_level(prefix: Prefix) -> int:
+    """The level really read."""
+    return min(prefix.precision.keys_level, _levels(prefix.resident.plan_of(prefix.layer, "keys")) - 1)
+
+
+def _fidelities(prefix: Prefix, callers: list[tuple[int, slice]], variances: Tensor | None) -> list[Fidelity]:
+    """One for each caller, of so many rows of `variances` [T, Hq] and of these heads."""
     resident, layer = prefix.resident, prefix.layer
     keys, values = resident.plan_of(layer, "keys"), resident.plan_of(layer, "values")
     sketched = resident.exact_end is not None and prefix.end > resident.exact_end
     errors = [0.0] * len(callers)
-    keys_level = min(prefix.precision.keys_level, _levels(keys) - 1)
+    keys_level = _keys_level(prefix)
     values_level = min(prefix.precision.values_level, _levels(values) - 1)
-    if sketched and isinstance(keys, SignPlan):
-        variances = score_variance(q, keys.levels[keys_level], resident.mean_squares(layer, prefix.end)).numpy()
-        first = 0
+    if variances is not None:
+        rows, first = variances.tolist(), 0  # a few numbers, for which tensors would take longer
         for number, (count, heads) in enumerate(callers):
-            errors[number] = resident.shape.sm_scale * sqrt(variances[first : first + count, heads].mean())
+            own = [variance for row in rows[first : first + count] for variance in row[heads]]
+            errors[number] = resident.shape.sm_scale * sqrt(sum(own) / len(own))
             first += count
     plan, precision = resident.plan, Precision(keys_level, values_level)
     if ("codec", layer) not in resident.facts:
@@ -182,11 +216,21 @@ def _levels(plan: KindPlan) -> int:
     return len(plan.levels) if isinstance(plan, SignPlan) else 1
 
 
-def check_precision(resident: ResidentSession, layer: int, precision: Precision) -> None:
-    """FailedPrecondition when `required` and the codec has no such level."""
-    for kind, level in _levels_of(precision).items():
-        if precision.required and level >= (levels := _levels(resident.plan_of(layer, kind))):
+def effective(resident: ResidentSession, layer: int, precision: Precision, floor: Floor) -> Precision:
+    """The levels that are read: at most as fine as the floor.
+
+    FailedPrecondition when `required` and the codec has no such level, or the session no longer has it.
+    """
+    finest = list[int]()
+    for (kind, level), cut in zip(_levels_of(precision).items(), floor, strict=True):
+        levels = _levels(resident.plan_of(layer, kind))
+        if precision.required and level >= levels:
             raise FailedPrecondition("NO_LEVEL", f"{kind} of layer {layer} have {levels} levels", limit=levels)
+        if precision.required and level < (least := min(cut, levels - 1)):
+            text = f"{kind} of layer {layer} were cut to level {least}"
+            raise FailedPrecondition("NO_LEVEL", text, limit=least)
+        finest.append(max(level, cut))
+    return replace(precision, keys_level=finest[0], values_level=finest[1])
 
 
 def debias_of(resident: ResidentSession, layer: int, asked: float | None) -> float:

@@ -32,7 +32,8 @@ def make_layer_fit(
 
     def rows(kind: Kind) -> Tensor:
         stored = resident.exact_rows(layer, kind, min(first, start), start)
-        arriving = assembly.vectors(layer, kind)[max(0, first - start) :]
+        skipped = max(0, first - start)
+        arriving = assembly.vectors(layer, kind)[skipped : skipped + FIT_TOKENS_MAX]
         return torch.cat([stored, arriving])[:FIT_TOKENS_MAX]
 
     try:

@@ -48,8 +48,8 @@ class Indexing:
             LOG.warning("the index has not heard of %d changes", self.lag)
         await self._index.close()
 
-    def changed(self, live: LiveSession) -> None:
-        """The session is there, as it is known now. Its fit must have been read."""
+    def changed(self, live: LiveSession, *, used: bool = True) -> None:
+        """The session is there, as it is known now, and was used. Its fit must have been read."""
         now, tenant, info = time(), live.state.tenant, live.info()
         entry = SessionEntry(
             tenant=tenant,
@@ -62,7 +62,7 @@ class Indexing:
             pinned=info.pinned,
             model_fingerprint=info.shape.model_fingerprint,
             created_unix_seconds=info.created_unix_seconds,
-            last_used_unix_seconds=max(now, info.created_unix_seconds),
+            last_used_unix_seconds=max(now if used else 0.0, info.created_unix_seconds),
         )
 
         async def send() -> None:

@@ -7,6 +7,7 @@ from kvstore_codecs.plan import CodecPlan, Fit
 from kvstore_codecs.resolve import plan_for
 from kvstore_server.memory.growing import Allocate, pageable
 from kvstore_server.memory.resident import AppendRows, ResidentSession
+from kvstore_server.sessions.arrivals import Arrivals
 from kvstore_server.sessions.model import SessionInfo
 from kvstore_server.storage.session_state import AppendEntry, SessionState
 
@@ -24,6 +25,7 @@ class LiveSession:
         self.projections = projections
         self._allocate = allocate
         self.lock = asyncio.Lock()
+        self.arrivals = Arrivals()
         self.resident: ResidentSession | None = None
         self.fit: Fit | None = None
         self.checked_at = 0.0
@@ -32,7 +34,7 @@ class LiveSession:
         """The index knows of uses until then."""
         self.indexed_entries = 0
         """The index knows the token blocks of so many appends."""
-        self._scanned, self._stored_bytes = 0, 0
+        self._scanned, self._stored_bytes, self._scanned_merged = 0, 0, state.merged
         self._fit_entry: AppendEntry | None = None
 
     @property
@@ -56,8 +58,10 @@ class LiveSession:
         return self._stored_bytes
 
     def _scan(self) -> None:
-        """Looks at entries that came since the last time: a session may have very many."""
+        """Looks at entries that came since the last time, at all after some were merged: there may be very many."""
         entries = self.state.entries or []
+        if self._scanned_merged != self.state.merged:
+            self._scanned, self._stored_bytes, self._scanned_merged = 0, 0, self.state.merged
         for entry in entries[self._scanned :]:
             if self._fit_entry is None and entry.fit_range is not None:
                 self._fit_entry = entry

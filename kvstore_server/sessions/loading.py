@@ -1,23 +1,48 @@
 """From objects in the store to resident rows. Blocking; every checksum is verified."""
 
+from collections.abc import Iterator
+
 from kvstore_codecs.plan import Fit
 from kvstore_codecs.sketch import KindRows
 from kvstore_kernels import Signs
 from kvstore_server.memory.resident import ResidentSession
+from kvstore_server.sessions.cutting import widened
 from kvstore_server.storage.commit_log import CommitLog
+from kvstore_server.storage.segment import Segment, data_loss
 from kvstore_server.storage.session_state import AppendEntry, SessionState
 
 
 def extend_resident(log: CommitLog, state: SessionState, resident: ResidentSession, end: int) -> None:
-    """Reads the appends that `resident` lacks below `end`, in order; DataLoss names the first damaged range."""
-    missing = [entry for entry in log.appends(state) if resident.length <= entry.start < end]
-    for entry, segment in zip(missing, log.read_all(state, missing), strict=True):
-        kept = entry.end - entry.start
-        rows = [
-            (shortened(keys, kept), shortened(values, kept))
-            for keys, values in zip(segment.keys, segment.values, strict=True)
-        ]
-        resident.extend(entry.start, rows, kept)
+    """Reads the objects that `resident` lacks below `end`, in order; DataLoss names the first damaged range.
+
+    An object may hold more than is missing: appends that were loaded before they were merged, or of a parent after the
+    fork.
+    """
+    missing = [entry for entry in log.appends(state) if entry.start < end and entry.end > resident.length]
+    for segment, damages in log.inspect_all(state, missing):
+        identity, begin = segment.header.identity, segment.header.start
+        limit = min(segment.header.end, state.owned_end(identity.session, identity.generation))
+        damage = min(damages, key=lambda each: each.token_start, default=None)
+        sound = limit if damage is None else min(limit, damage.token_start)
+        if sound > resident.length:
+            first, last = resident.length - begin, sound - begin
+            rows = [
+                (rows_between(keys, first, last), rows_between(values, first, last))
+                for keys, values in _whole(segment, resident)
+            ]
+            resident.extend(resident.length, rows, last - first)
+        if damage is not None and damage.token_start < min(limit, end):
+            raise data_loss(identity, damage)
+
+
+def _whole(segment: Segment, resident: ResidentSession) -> Iterator[tuple[KindRows, KindRows]]:
+    """Keys and values of each layer, laid out as the session's codec has them."""
+    keys_level, values_level = segment.header.floor
+    for layer, (keys, values) in enumerate(zip(segment.keys, segment.values, strict=True)):
+        if keys_level or values_level:
+            keys = widened(keys, resident.plan_of(layer, "keys"), keys_level)
+            values = widened(values, resident.plan_of(layer, "values"), values_level)
+        yield keys, values
 
 
 def read_fit(log: CommitLog, state: SessionState, entry: AppendEntry) -> Fit:
@@ -27,10 +52,11 @@ def read_fit(log: CommitLog, state: SessionState, entry: AppendEntry) -> Fit:
     return fit
 
 
-def shortened(rows: KindRows, tokens: int) -> KindRows:
-    """The first `tokens` tokens: what a fork shares of the append it was cut in."""
+def rows_between(rows: KindRows, start: int, end: int) -> KindRows:
+    """Tokens [start, end) of an object."""
     if rows.signs is None:
-        return KindRows(rows.rows[:tokens], None)
-    sketched = max(0, tokens - rows.rows.shape[0])
-    signs = Signs(rows.signs.words[:sketched], rows.signs.scales[:sketched])
-    return KindRows(rows.rows[:tokens], signs)
+        return KindRows(rows.rows[start:end], None)
+    exact = rows.rows.shape[0]
+    first, last = max(0, start - exact), max(0, end - exact)
+    signs = Signs(rows.signs.words[first:last], rows.signs.scales[first:last])
+    return KindRows(rows.rows[start:end], signs)

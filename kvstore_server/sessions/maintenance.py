@@ -8,6 +8,7 @@ from time import monotonic, time
 
 from kvstore_server.errors import KVStoreError
 from kvstore_server.metadata.index import Index, SessionEntry
+from kvstore_server.sessions.cooling import Cooling
 from kvstore_server.sessions.expiry import Expiry
 from kvstore_server.sessions.quotas import Quotas
 from kvstore_server.sessions.registry import Registry
@@ -27,6 +28,7 @@ class Maintenance:
         store: ObjectStore,
         index: Index,
         registry: Registry,
+        cooling: Cooling,
         expiry: Expiry,
         quotas: Quotas,
         *,
@@ -34,7 +36,7 @@ class Maintenance:
         grace_seconds: float,
     ) -> None:
         self._store, self._index, self._registry, self._expiry = store, index, registry, expiry
-        self._quotas = quotas
+        self._cooling, self._quotas = cooling, quotas
         self._sweep_seconds, self._grace_seconds = sweep_seconds, grace_seconds
         self._task: asyncio.Task[None] | None = None
 
@@ -71,6 +73,7 @@ class Maintenance:
         for tenant in await self._tenants():
             entries = await self._entries(tenant)
             self._quotas.measured(tenant, entries)
+            await self._cooling.sweep(tenant, entries)
             await self._expiry.sweep(tenant, entries)
 
     async def collect(self) -> int:

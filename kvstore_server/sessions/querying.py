@@ -33,6 +33,8 @@ from kvstore_server.sessions.registry import Registry
 from kvstore_server.storage.keys import check_name
 
 SCORE_TOKENS = 65_536
+WHOLE = (0, 0)
+"""The floor of a session that was not cut."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Querying:
         if loaded is None:
             return None
         live, resident = loaded
-        return self._attend(live, self._checked(resident, query), query, debias, deadline)
+        return self._attend(live, self._checked(live, resident, query), query, debias, deadline)
 
     def _attend(
         self, live: LiveSession, prefix: attention.Prefix, query: Query, debias: float | None, deadline: float
@@ -132,8 +134,8 @@ class Querying:
         candidates = self._candidates(query, k, oversampling)
         live, prefix = await self._prepared(tenant, query, deadline)
         q, heads = self._full(prefix, query), self._asked_heads(query)
-        precision = replace(query.precision, keys_level=0) if candidates else query.precision
-        answered = replace(prefix, precision=precision)
+        finest = replace(prefix.precision, keys_level=prefix.keys_finest)
+        answered = replace(prefix, precision=finest) if candidates else prefix
 
         def work() -> Later[tuple[Sequence[torch.Tensor], Fidelity]]:
             best = attention.top_k(self._device, prefix, q, k, candidates)
@@ -151,13 +153,16 @@ class Querying:
         layers = query.layers or tuple(range(resident.shape.layers))
         for layer in layers:
             self._check_layer(resident, layer)
-            attention.check_precision(resident, layer, query.precision)
+            attention.effective(resident, layer, query.precision, live.state.floor)
+        if not query.decoded and live.state.floor != WHOLE:
+            raise FailedPrecondition("NO_LEVEL", "the session was cut to a level: fetch decoded vectors")
         size = (query.end - query.start) * resident.shape.raw_bytes_per_token * len(layers) // resident.shape.layers
         if size > self._limits.fetch_bytes_max:
             limit = self._limits.fetch_bytes_max
             raise InvalidArgument("token_end", f"{size} bytes are more than {limit} in one Fetch", limit=limit)
         fit = None if query.decoded else live.fit
-        parts = self._parts(resident, fit, replace(query, layers=layers), deadline)
+        precision = attention.effective(resident, layers[0], replace(query.precision, required=False), live.state.floor)
+        parts = self._parts(resident, fit, replace(query, layers=layers, precision=precision), deadline)
         return FetchAnswer(live.info(), live.fit, parts)
 
     async def _parts(
@@ -187,13 +192,13 @@ class Querying:
         """The session, loaded up to the query's end, against which the query is checked."""
         self._check_rows(query)
         live, resident = await self._loaded(tenant, query.session, query.generation, query.end, deadline)
-        return live, self._checked(resident, query)
+        return live, self._checked(live, resident, query)
 
     def _check_rows(self, query: Query) -> None:
         if len(query.q) > (limit := self._limits.query_rows_max):
             raise InvalidArgument("q.shape", f"{len(query.q)} query tokens are more than {limit}", limit=limit)
 
-    def _checked(self, resident: ResidentSession, query: Query) -> attention.Prefix:
+    def _checked(self, live: LiveSession, resident: ResidentSession, query: Query) -> attention.Prefix:
         self._check_rows(query)
         tokens, heads, head_dim = query.q.shape
         shape = resident.shape
@@ -209,8 +214,9 @@ class Querying:
         if (cost := tokens * heads * query.end) > self._limits.query_logits_max:
             limit = self._limits.query_logits_max
             raise InvalidArgument("q.shape", f"{cost} logits in one query are more than {limit}", limit=limit)
-        attention.check_precision(resident, query.layer, query.precision)
-        return attention.Prefix(resident, query.layer, query.end, query.precision)
+        floor = live.state.floor
+        precision = attention.effective(resident, query.layer, query.precision, floor)
+        return attention.Prefix(resident, query.layer, query.end, precision, floor[0])
 
     async def _loaded(
         self, tenant: str, session: str, generation: str | None, end: int, deadline: float

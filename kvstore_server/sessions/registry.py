@@ -156,7 +156,9 @@ class Registry:
         if live.state.ancestors and resident.parent is None:
             origin = live.state.ancestors[-1]
             parent = self._open.get((live.state.tenant, origin.session))
-            if parent is not None and parent.generation == origin.generation and parent.resident is not None:
+            if parent is None or parent.generation != origin.generation or parent.resident is None:
+                return
+            if all(cut <= known for cut, known in zip(parent.state.floor, live.state.floor, strict=True)):
                 resident.parent, resident.shared_end = weakref.ref(parent.resident), origin.end
 
     async def ensure_fit(self, live: LiveSession) -> None:

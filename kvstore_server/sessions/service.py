@@ -10,11 +10,13 @@ from kvstore_server.metadata.index import Index
 from kvstore_server.scheduling.engine import Engine
 from kvstore_server.sessions.appending import Appending
 from kvstore_server.sessions.attention import Device
+from kvstore_server.sessions.cooling import Cooling
 from kvstore_server.sessions.expiry import Expiry
 from kvstore_server.sessions.freshness import Freshness
 from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.lifecycle import Lifecycle
 from kvstore_server.sessions.maintenance import Maintenance
+from kvstore_server.sessions.merging import Merging
 from kvstore_server.sessions.prefixes import Prefixes
 from kvstore_server.sessions.projecting import Projecting
 from kvstore_server.sessions.querying import Querying
@@ -53,8 +55,31 @@ class SessionService:
         self._freshness = Freshness(index, self.registry)
         self.expiry = Expiry(self.registry, self._indexing)
         quotas = Quotas(settings.quota)
+        cooling = Cooling(
+            store,
+            self.registry,
+            self._indexing,
+            settings.downgrade,
+            settings.merge,
+            sweep_seconds=settings.sweep_seconds,
+        )
         self.maintenance = Maintenance(
-            store, index, self.registry, self.expiry, quotas, sweep_seconds=settings.sweep_seconds, grace_seconds=grace
+            store,
+            index,
+            self.registry,
+            cooling,
+            self.expiry,
+            quotas,
+            sweep_seconds=settings.sweep_seconds,
+            grace_seconds=grace,
+        )
+        self.merging = Merging(
+            store,
+            self.registry,
+            self._indexing,
+            settings.merge,
+            sweep_seconds=settings.sweep_seconds,
+            grace_seconds=grace,
         )
         self.prefixes = Prefixes(self.registry, index, self.limits, grace)
         self.lifecycle = Lifecycle(
@@ -75,6 +100,7 @@ class SessionService:
         self._indexing.start()
         self._freshness.start()
         self.maintenance.start()
+        self.merging.start()
         self._filling = asyncio.create_task(self._fill_index())
         if not self._shared_index:
             await self._filling
@@ -98,5 +124,6 @@ class SessionService:
         if self.appending.commits:
             await asyncio.wait(set(self.appending.commits), timeout=10)
         await self.maintenance.close()
+        await self.merging.close()
         await self._freshness.close()
         await self._indexing.close()

@@ -2,6 +2,7 @@
 
     {tenant}/{session}/meta/{seq}.json                                  records of the session's name
     {tenant}/{session}/{generation}/log/{start}.safetensors             one append
+    {tenant}/{session}/{generation}/merged/{seq}-{writer}.safetensors   several, if that record is this writer's
     {tenant}/{session}/{generation}/refs/{child}/{child generation}     a fork shares tokens of this generation
 
 Numbers have twelve digits, so that names sort as numbers. Names of tenants and sessions that start with `_` are the
@@ -21,6 +22,7 @@ _KEY = re.compile(f"{_COMPONENT.pattern}(/{_COMPONENT.pattern})*", re.ASCII)
 _NUMBER = re.compile(r"[0-9]{12}", re.ASCII)
 _META_NAME = re.compile(r"([0-9]{12})\.json", re.ASCII)
 _LOG_NAME = re.compile(r"([0-9]{12})\.safetensors", re.ASCII)
+_MERGED_NAME = re.compile(r"([0-9]{12})-[0-9A-Za-z]+\.safetensors", re.ASCII)
 
 
 def is_component(name: str) -> bool:
@@ -72,6 +74,19 @@ def log_key(tenant: str, session: str, generation: str, start: int) -> str:
     return f"{log_folder(tenant, session, generation)}/{start:012d}.safetensors"
 
 
+def merged_folder(tenant: str, session: str, generation: str) -> str:
+    return f"{tenant}/{session}/{generation}/merged"
+
+
+def merged_key(tenant: str, session: str, generation: str, name: str) -> str:
+    return f"{merged_folder(tenant, session, generation)}/{name}.safetensors"
+
+
+def merged_name(seq: int, writer: str) -> str:
+    """Of the object that the checkpoint `seq` adds, if it becomes this writer's."""
+    return f"{seq:012d}-{writer}"
+
+
 def refs_folder(tenant: str, session: str, generation: str) -> str:
     return f"{tenant}/{session}/{generation}/refs"
 
@@ -89,6 +104,11 @@ def meta_seqs(keys: list[str]) -> list[int]:
 def log_starts(keys: list[str]) -> list[int]:
     """The numbers of those keys that name log objects, in the order of the keys."""
     return _numbers(_LOG_NAME, keys)
+
+
+def merged_seqs(keys: list[str]) -> list[int]:
+    """The checkpoints' numbers in those keys that name merged objects, in the order of the keys."""
+    return _numbers(_MERGED_NAME, keys)
 
 
 def _numbers(pattern: re.Pattern[str], keys: list[str]) -> list[int]:

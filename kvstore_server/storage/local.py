@@ -35,7 +35,7 @@ class LocalStore:
 
     An object is written to a temporary file, synced, then linked to its name: a rename would overwrite. Folders are
     never removed. A delete is not synced: after a power cut the object may be there again, which is harmless because
-    names are never used twice.
+    names are never used twice, or not read any more when they are.
     """
 
     reads_at_once = 1

@@ -4,7 +4,7 @@ import json
 from typing import Annotated, Literal
 
 from crc32c import crc32c
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from kvstore_codecs.spec import CodecSpec, Frozen, ModelShape
 from kvstore_server.errors import DataLoss, FailedPrecondition
@@ -12,12 +12,15 @@ from kvstore_server.storage.keys import POSITION_MAX
 from kvstore_server.storage.versions import check_readable
 
 FORMAT = "kvstore.meta"
-VERSION = 1
+VERSION = 2
+"""The newest `min_reader` that this code reads; checkpoints have it, all other records the first."""
 RECORD_BYTES_MAX = 1 << 20
 ANCESTORS_MAX = 64
+MERGED_MAX = 2048
 
 Position = Annotated[int, Field(ge=0, le=POSITION_MAX)]
 Seconds = Annotated[float, Field(gt=0)]
+Hex256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Ancestor(Frozen, frozen=True):
@@ -28,10 +31,27 @@ class Ancestor(Frozen, frozen=True):
     end: Position
 
 
+Level = Annotated[int, Field(ge=0, le=63)]
+Floor = tuple[Level, Level]
+"""The finest level of keys and of values that is there, 0 if all bits are."""
+
+
+class MergedRange(Frozen, frozen=True):
+    """Appends [start, end) of a generation lie in its merged object `name`, whose header has this digest."""
+
+    start: Position
+    end: Position
+    name: Annotated[str, Field(pattern=r"^[0-9]{12}-[0-9A-Za-z]{1,64}$")]
+    digest: Hex256
+    stored_bytes: Annotated[int, Field(ge=0)]
+    floor: Floor = (0, 0)
+    """What the object was cut to."""
+
+
 class _Record(Frozen, frozen=True):
     format: Literal["kvstore.meta"] = FORMAT
-    version: int = VERSION
-    min_reader: Literal[1] = VERSION
+    version: int = 1
+    min_reader: Literal[1, 2] = 1
     tenant: str
     session: str
     seq: Position
@@ -74,7 +94,31 @@ class Expire(_Record, frozen=True):
     generation: str
 
 
-Record = Create | Attributes | Delete | Expire
+class Checkpoint(_Record, frozen=True):
+    """Where the appends of a living generation lie: in these objects, and under their log names between the ranges.
+
+    Has the attributes too, so that no record between it and the generation's first need be read.
+    """
+
+    version: int = VERSION
+    min_reader: Literal[2] = VERSION
+    type: Literal["checkpoint"] = "checkpoint"
+    generation: str
+    ttl_seconds: Seconds | None
+    pinned: bool
+    merged: Annotated[tuple[MergedRange, ...], Field(min_length=1, max_length=MERGED_MAX)]
+    floor: Floor = (0, 0)
+    """What every answer is cut to from now on, whether or not the objects are yet."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Checkpoint":
+        borders = [border for each in self.merged for border in (each.start, each.end)]
+        if borders != sorted(borders) or any(each.start == each.end for each in self.merged):
+            raise ValueError("merged ranges are empty or overlap")
+        return self
+
+
+Record = Create | Attributes | Delete | Expire | Checkpoint
 _RECORD: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="type")])
 
 

@@ -6,13 +6,26 @@ decided on all before it, and at one number exactly one writer wins.
 
 import secrets
 import time
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from kvstore_codecs.spec import CodecSpec, ModelShape
 from kvstore_server.errors import Aborted, AlreadyExists, DataLoss, Unavailable
 from kvstore_server.storage.keys import check_name, generation_name, meta_folder, meta_key, meta_seqs
-from kvstore_server.storage.meta import Ancestor, Attributes, Create, Delete, Expire, Record, read_record, write_record
+from kvstore_server.storage.meta import (
+    Ancestor,
+    Attributes,
+    Checkpoint,
+    Create,
+    Delete,
+    Expire,
+    Floor,
+    MergedRange,
+    Record,
+    read_record,
+    write_record,
+)
 from kvstore_server.storage.session_state import SessionState
 from kvstore_server.storage.store import ObjectStore
 
@@ -27,6 +40,14 @@ class Head(NamedTuple):
     next_seq: int
 
 
+class Places(NamedTuple):
+    """Where a generation's appends lie that are not under their log names, as of record `seq`; for ever, if None."""
+
+    seq: int | None
+    merged: tuple[MergedRange, ...]
+    floor: Floor
+
+
 class MetaLog:
     """The meta logs of one tenant. Blocking.
 
@@ -37,23 +58,15 @@ class MetaLog:
         self._store, self._tenant, self._clock = store, tenant, clock
 
     def head(self, session: str) -> Head:
-        """Reads from the newest record back to the one that created or deleted."""
+        """Reads from the newest record back to one that has all attributes, and the one that created."""
         check_name("session", session)
         seqs = meta_seqs(self._store.list_keys(meta_folder(self._tenant, session)))
         if not seqs:
             return Head(None, 0)
-        changes: list[Attributes] = []
-        for seq in range(seqs[-1], seqs[0] - 1, -1):
-            record = self._read(session, seq)
-            if isinstance(record, Delete | Expire):
-                return Head(None, seqs[-1] + 1)
-            if isinstance(record, Create):
-                state = _state_of(record)
-                for change in reversed(changes):
-                    _apply(state, change)
-                return Head(state, seqs[-1] + 1)
-            changes.append(record)
-        raise DataLoss("META_DAMAGED", f"session {session} was never created", session=session, seq=seqs[0])
+        last = self._read(session, seqs[-1])
+        if isinstance(last, Delete | Expire):
+            return Head(None, seqs[-1] + 1)
+        return Head(self._state(last), seqs[-1] + 1)
 
     def create(
         self,
@@ -106,6 +119,43 @@ class MetaLog:
                 self.confirm(state)
                 return
         raise _contended(state.session)
+
+    def checkpoint(self, state: SessionState, writer: str, merged: tuple[MergedRange, ...], floor: Floor) -> bool:
+        """Says where appends lie from now on, if nothing has happened to the session since `state` was read."""
+        stamp = {**self._stamp(state.session, state.seq + 1), "writer": writer}
+        record = Checkpoint(
+            **stamp,
+            generation=state.generation,
+            ttl_seconds=state.ttl_seconds,
+            pinned=state.pinned,
+            merged=merged,
+            floor=floor,
+        )
+        if not self._put(record):
+            return False
+        _apply(state, record)
+        return True
+
+    def places(self, session: str, generation: str) -> Places:
+        """Of a generation, living or not."""
+        state, end = self._life(session, generation)
+        if state is None:
+            return Places(None, (), (0, 0))
+        return Places(None if end else state.seq, state.merged, state.own_floor)
+
+    def is_current(self, session: str, places: Places) -> bool:
+        """Whether nothing has come since."""
+        if places.seq is None:
+            return True
+        after = meta_key(self._tenant, session, places.seq)
+        return not self._store.list_keys(meta_folder(self._tenant, session), start_after=after)
+
+    def checkpoints(self, session: str, generation: str) -> Iterator[Checkpoint]:
+        """Those of a generation, living or not, newest first, read one by one."""
+        for seq in range(self._last_seq(session, generation) or 0, int(generation), -1):
+            record = self._read(session, seq)
+            if isinstance(record, Checkpoint):
+                yield record
 
     def delete(self, session: str, generation: str | None) -> str | None:
         """Ends the living generation (only that one, if it is named); its name, None if there is nothing to delete."""
@@ -162,30 +212,60 @@ class MetaLog:
 
     def _life(self, session: str, generation: str) -> tuple[SessionState | None, Delete | Expire | None]:
         """The generation with its last attributes, and the record that ended it; None and None if it never was."""
+        seq = self._last_seq(session, generation)
+        if seq is None:
+            return None, None
+        last = self._read(session, seq)
+        if not isinstance(last, Delete | Expire):
+            return self._state(last), None
+        if last.seq == int(generation):
+            return None, None
+        return self._state(self._read(session, seq - 1)), last
+
+    def _last_seq(self, session: str, generation: str) -> int | None:
+        """The last record of a generation, found by halves: records are in the order of their generations."""
         check_name("session", session)
-        state = None
         before = meta_key(self._tenant, session, int(generation) - 1) if int(generation) else ""
-        for seq in meta_seqs(self._store.list_keys(meta_folder(self._tenant, session), start_after=before)):
-            record = self._read(session, seq)
-            if isinstance(record, Create) and record.seq == int(generation):
-                state = _state_of(record)
-            elif state is None:
+        seqs = meta_seqs(self._store.list_keys(meta_folder(self._tenant, session), start_after=before))
+        if not seqs or seqs[0] != int(generation) or _generation_of(self._read(session, seqs[0])) != generation:
+            return None
+        newest = self._read(session, seqs[-1])
+        if _generation_of(newest) == generation:
+            return seqs[-1]
+        return seqs[bisect_right(seqs, generation, key=lambda seq: _generation_of(self._read(session, seq))) - 1]
+
+    def _state(self, last: Record) -> SessionState:
+        """The generation as its record `last` leaves it."""
+        created = last if isinstance(last, Create) else self._read(last.session, int(_generation_of(last)))
+        if not isinstance(created, Create):
+            text = f"session {last.session} was never created"
+            raise DataLoss("META_DAMAGED", text, session=last.session, seq=created.seq)
+        changes: list[Attributes | Checkpoint] = []
+        while isinstance(last, Attributes | Checkpoint):
+            changes.append(last)
+            if isinstance(last, Checkpoint):
                 break
-            elif isinstance(record, Attributes):
-                _apply(state, record)
-            else:
-                return state, record if isinstance(record, Delete | Expire) else None
-        return state, None
+            last = self._read(last.session, last.seq - 1)
+        state = _state_of(created)
+        for change in reversed(changes):
+            _apply(state, change)
+        return state
 
     def refresh(self, state: SessionState) -> None:
         """Reads the records after `state.seq` into it; Aborted if the generation is gone."""
+        if not self.catch_up(state):
+            raise Aborted("GENERATION_GONE", f"generation {state.generation} is gone", session=state.session)
+
+    def catch_up(self, state: SessionState) -> bool:
+        """As refresh, to the end of the generation if it is gone; whether it lives."""
         folder = meta_folder(self._tenant, state.session)
         newer = self._store.list_keys(folder, start_after=meta_key(self._tenant, state.session, state.seq))
         for seq in meta_seqs(newer):
             record = self._read(state.session, seq) if seq == state.seq + 1 else None  # a gap: older ones were removed
-            if not isinstance(record, Attributes) or record.generation != state.generation:
-                raise Aborted("GENERATION_GONE", f"generation {state.generation} is gone", session=state.session)
+            if not isinstance(record, Attributes | Checkpoint) or record.generation != state.generation:
+                return False
             _apply(state, record)
+        return True
 
     def confirm(self, state: SessionState) -> None:
         """After a put: it counts only if nothing newer supersedes its generation (Aborted).
@@ -239,8 +319,14 @@ def _state_of(record: Create) -> SessionState:
     )
 
 
-def _apply(state: SessionState, change: Attributes) -> None:
+def _apply(state: SessionState, change: Attributes | Checkpoint) -> None:
     state.seq, state.ttl_seconds, state.pinned = change.seq, change.ttl_seconds, change.pinned
+    if isinstance(change, Checkpoint):
+        state.adopt(change.merged, change.floor)
+
+
+def _generation_of(record: Record) -> str:
+    return generation_name(record.seq) if isinstance(record, Create) else record.generation
 
 
 def _contended(session: str) -> Unavailable:

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, TypeAdapter, with_config
 
@@ -11,8 +11,9 @@ from kvstore_server.storage.geometry import LAYERS_MAX, TOKENS_MAX, Geometry, La
 from kvstore_server.storage.versions import check_readable
 
 FORMAT = "kvstore.segment"
-VERSION = 2
-"""The newest `min_reader` that this code reads."""
+VERSION = 3
+"""The newest `min_reader` that this code reads, that of merged objects."""
+BASES_VERSION = 2
 FIRST_VERSION = 1
 """What it writes as long as nothing newer is in the object."""
 
@@ -33,6 +34,18 @@ class Identity:
     start: int
 
 
+class MergedAppend(NamedTuple):
+    """One append that a merged object took in, as its own header had it."""
+
+    tokens: Annotated[int, Field(ge=1, le=TOKENS_MAX)]
+    digest: Hex256
+    encoding: Encoding
+    encoded_by: Encoder
+    created_unix_seconds: Annotated[float, Field(ge=0)]
+    block_tokens: Position
+    block_hashes: tuple[bytes, ...]
+
+
 @dataclass(frozen=True)
 class SegmentHeader:
     """The facts of one append. `previous` and `previous_digest` are those of the append before it in the session (of a
@@ -41,6 +54,10 @@ class SegmentHeader:
     `encoding` is how the bytes came, `encoded_by` who made the sketches. `fit_range` is set if this append made the
     fit: the positions it was computed from. `block_hashes` are those of the token-id blocks that end in this append,
     each of `block_tokens` tokens (0 without hashes).
+
+    A merged object has the appends that it took in, in order, in `appends`; what they cannot share is there, and
+    `fit_append` says which of them made the fit. Its words are only those that the level `floor` of keys and of values
+    reads.
     """
 
     identity: Identity
@@ -56,6 +73,9 @@ class SegmentHeader:
     block_hashes: tuple[bytes, ...]
     created_unix_seconds: float
     block_tokens: int = 0
+    appends: tuple[MergedAppend, ...] = ()
+    fit_append: int | None = None
+    floor: tuple[int, int] = (0, 0)
 
     @property
     def start(self) -> int:
@@ -68,6 +88,9 @@ class SegmentHeader:
     @property
     def end(self) -> int:
         return self.start + self.tokens
+
+
+_WHOLE = (0, 0)
 
 
 @with_config(ConfigDict(allow_inf_nan=False))
@@ -97,9 +120,14 @@ class _Metadata:
     block_hashes: tuple[Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$")], ...]
     created_unix_seconds: Annotated[float, Field(ge=0)]
     block_tokens: Position = 0
+    fit_append: Position | None = None
+    floor: tuple[Position, Position] = _WHOLE
 
 
 _METADATA = TypeAdapter(_Metadata)
+_APPENDS = TypeAdapter(
+    tuple[MergedAppend, ...], config=ConfigDict(ser_json_bytes="hex", val_json_bytes="hex", allow_inf_nan=False)
+)
 _JSON_FIELDS = ("previous", "layers", "fit_range", "block_hashes")
 _NO_BASES = (0, 0)
 
@@ -107,7 +135,7 @@ _NO_BASES = (0, 0)
 def to_metadata(header: SegmentHeader) -> dict[str, str]:
     identity, geometry = header.identity, header.geometry
     bases = geometry.basis_keys, geometry.basis_values
-    version = FIRST_VERSION if bases == _NO_BASES else VERSION
+    version = VERSION if header.appends else FIRST_VERSION if bases == _NO_BASES else BASES_VERSION
     return {
         "format": FORMAT,
         "version": str(version),
@@ -134,6 +162,9 @@ def to_metadata(header: SegmentHeader) -> dict[str, str]:
         "block_hashes": _json([block.hex() for block in header.block_hashes]),
         "created_unix_seconds": repr(header.created_unix_seconds),
         **({"block_tokens": str(header.block_tokens)} if header.block_tokens else {}),
+        **({"appends": _APPENDS.dump_json(header.appends).decode()} if header.appends else {}),
+        **({} if header.fit_append is None else {"fit_append": str(header.fit_append)}),
+        **({} if header.floor == _WHOLE else {"floor": _json(header.floor)}),
     }
 
 
@@ -144,8 +175,10 @@ def from_metadata(metadata: dict[str, str]) -> SegmentHeader:
     check_readable(metadata.get("min_reader"), VERSION, "segment")
     try:
         decoded = {name: json.loads(metadata[name]) for name in _JSON_FIELDS}
+        decoded["floor"] = json.loads(metadata["floor"]) if "floor" in metadata else _WHOLE
         decoded["fit_bases"] = json.loads(metadata["fit_bases"]) if "fit_bases" in metadata else _NO_BASES
         read = _METADATA.validate_python({**metadata, **decoded})
+        appends = _APPENDS.validate_json(metadata["appends"]) if "appends" in metadata else ()
     except (KeyError, ValueError, RecursionError) as error:
         raise DamagedError("header fields") from error
     fitted = read.fit_range is not None
@@ -156,6 +189,9 @@ def from_metadata(metadata: dict[str, str]) -> SegmentHeader:
         read.exact > read.tokens
         or max(geometry.layers, *read.fit_bases) > LAYERS_MAX
         or (read.fit_bases != _NO_BASES and not fitted)
+        or (appends and sum(append.tokens for append in appends) != read.tokens)
+        or (read.fit_append is not None) != bool(appends and fitted)
+        or (read.fit_append or 0) >= max(1, len(appends))
     ):
         raise DamagedError("header fields")
     return SegmentHeader(
@@ -172,6 +208,9 @@ def from_metadata(metadata: dict[str, str]) -> SegmentHeader:
         block_hashes=tuple(bytes.fromhex(block) for block in read.block_hashes),
         created_unix_seconds=read.created_unix_seconds,
         block_tokens=read.block_tokens,
+        appends=appends,
+        fit_append=read.fit_append,
+        floor=read.floor,
     )
 
 

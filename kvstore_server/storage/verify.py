@@ -7,8 +7,18 @@ from kvstore_server.errors import KVStoreError
 from kvstore_server.storage.checksums import Damage, whole_damage
 from kvstore_server.storage.commit_log import CommitLog
 from kvstore_server.storage.container import DamagedError
-from kvstore_server.storage.keys import is_generation, log_folder, log_key, log_starts, meta_folder, meta_key, meta_seqs
-from kvstore_server.storage.meta import read_record
+from kvstore_server.storage.keys import (
+    is_generation,
+    log_folder,
+    log_key,
+    log_starts,
+    merged_folder,
+    merged_key,
+    meta_folder,
+    meta_key,
+    meta_seqs,
+)
+from kvstore_server.storage.meta import Checkpoint, MergedRange, read_record
 from kvstore_server.storage.projections import FOLDER, ProjectionStore
 from kvstore_server.storage.segment import inspect_segment
 from kvstore_server.storage.segment_header import Identity
@@ -84,6 +94,7 @@ class _SessionCheck:
         self._store, self._tenant, self._session = store, tenant, session
         self._report, self._progress = report, progress
         self._damaged_keys: set[str] = set()
+        self._merged: dict[str, MergedRange] = {}
 
     def run(self) -> None:
         self._check_records()
@@ -97,7 +108,10 @@ class _SessionCheck:
         for seq in range(seqs[0], seqs[-1] + 1) if seqs else ():
             try:
                 data = self._store.get(meta_key(self._tenant, self._session, seq))
-                read_record(data, self._tenant, self._session, seq)
+                record = read_record(data, self._tenant, self._session, seq)
+                if isinstance(record, Checkpoint):
+                    place = self._tenant, self._session, record.generation
+                    self._merged |= {merged_key(*place, each.name): each for each in record.merged}
             except KeyError:
                 self._add("", f"meta record {seq} is missing", None)
             except KVStoreError as error:
@@ -106,22 +120,30 @@ class _SessionCheck:
             self._progress(self._report)
 
     def _check_objects(self, generation: str) -> None:
-        starts = log_starts(self._store.list_keys(log_folder(self._tenant, self._session, generation)))
+        place = self._tenant, self._session, generation
+        starts = log_starts(self._store.list_keys(log_folder(*place)))
         for start, following in zip(starts, [*starts[1:], None], strict=False):
-            identity = Identity(self._tenant, self._session, generation, start)
-            key = log_key(self._tenant, self._session, generation, start)
-            try:
-                data = self._store.get(key)
-                self._report.bytes += len(data)
-                found = inspect_segment(data, identity)[1]
-            except (KVStoreError, DamagedError, KeyError) as error:
-                end = start + 1 if following is None else following
-                found = [whole_damage(start, end, "missing" if isinstance(error, KeyError) else str(error))]
-            for damage in found:
-                self._damaged_keys.add(key)
-                self._add(generation, damage.what, damage)
-            self._report.segments += 1
-            self._progress(self._report)
+            end = start + 1 if following is None else following
+            self._check_object(log_key(*place, start), Identity(*place, start), end)
+        for key in self._store.list_keys(merged_folder(*place)):
+            if merged := self._merged.get(key):  # all others are of mergers that died, or are at work
+                self._check_object(key, Identity(*place, merged.start), merged.end, merged.digest)
+
+    def _check_object(self, key: str, identity: Identity, end: int, digest: str = "") -> None:
+        try:
+            data = self._store.get(key)
+            self._report.bytes += len(data)
+            segment, found = inspect_segment(data, identity)
+            if digest and (segment.header.end, segment.header.digest) != (end, digest):
+                raise DamagedError("another object")
+        except (KVStoreError, DamagedError, KeyError) as error:
+            what = "missing" if isinstance(error, KeyError) else str(error)
+            found = [whole_damage(identity.start, end, what)]
+        for damage in found:
+            self._damaged_keys.add(key)
+            self._add(identity.generation, damage.what, damage)
+        self._report.segments += 1
+        self._progress(self._report)
 
     def _check_chain(self) -> None:
         """That the living generation's appends, shared ones included, follow each other without holes."""

@@ -1,5 +1,6 @@
 """What the tests of the client send and get."""
 
+import asyncio
 from collections.abc import Callable
 
 import torch
@@ -57,11 +58,20 @@ class AppendLog:
         self.length = length
         self.commits: dict[int, tuple[int, int, dict[tuple[int, int, int], bytes]]] = {}
         """start -> (tokens, encoding, bytes by layer, kind and part)."""
+        self._under_way = dict[int, asyncio.Event]()
         self.before: Callable[[pb.AppendHeader], None] = lambda _: None
         self.after: Callable[[pb.AppendHeader], None] = lambda _: None
 
     async def __call__(self, call: Call) -> pb.AppendResponse:
         header = call.requests[0].header
+        end = header.start + header.tokens
+        self._under_way[end] = asyncio.Event()
+        try:
+            return await self._append(call, header)
+        finally:
+            self._under_way.pop(end).set()
+
+    async def _append(self, call: Call, header: pb.AppendHeader) -> pb.AppendResponse:
         self.before(header)
         data: dict[tuple[int, int, int], bytes] = {}
         for request in call.requests[1:]:
@@ -69,6 +79,8 @@ class AppendLog:
             key = frame.layer, frame.kind, frame.part
             data[key] = data.get(key, b"") + frame.data
         assert sum(map(len, data.values())) == header.bytes
+        if header.start > self.length and header.start in self._under_way:
+            await self._under_way[header.start].wait()
         present = header.start < self.length
         if header.start > self.length:
             raise Failure("OUT_OF_RANGE", facts={"length": str(self.length)})

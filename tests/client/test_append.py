@@ -16,7 +16,7 @@ from kvstore_proto.v1 import kvstore_pb2 as pb
 
 from . import inputs
 from .inputs import SHAPE, AppendLog, block
-from .scripted import AtFirstMessage, Failure, ScriptedServer
+from .scripted import AtFirstMessage, Call, Failure, ScriptedServer
 
 
 @pytest.fixture
@@ -76,6 +76,43 @@ async def test_a_token_larger_than_an_append_is_refused_with_the_limit(server: S
     assert caught.value.facts["limit"] == "100"
 
 
+async def test_the_next_piece_is_sent_while_the_last_is_committed(
+    server: ScriptedServer, session: Session, log: AppendLog
+):
+    limited(server, append_tokens_max=4)
+    second = asyncio.Event()
+
+    async def slow(call: Call) -> pb.AppendResponse:
+        reply = await log(call)
+        if call.requests[0].header.start == 10:
+            await asyncio.wait_for(second.wait(), 10)
+        second.set()
+        return reply
+
+    server.always("Append", slow)
+    assert await session.append(*block(12)) == 22
+
+
+async def test_a_server_that_wants_one_piece_after_another_gets_them_so(server: ScriptedServer, session: Session):
+    """One that does not have the piece before, which went to another server, say."""
+    limited(server, append_tokens_max=4)
+    log, under_way = AppendLog(length=10), 0
+
+    async def alone(call: Call) -> pb.AppendResponse:
+        nonlocal under_way
+        start = call.requests[0].header.start
+        if under_way:
+            raise Failure("OUT_OF_RANGE", facts={"length": str(log.length)})
+        under_way += 1
+        await asyncio.sleep(0.05 if start == 10 else 0)
+        under_way -= 1
+        return await log(call)
+
+    server.always("Append", alone)
+    assert await session.append(*block(20)) == 30
+    assert [start for start, _ in headers(server)][-4:] == [14, 18, 22, 26]
+
+
 async def test_nothing_to_append_asks_nothing(server: ScriptedServer, session: Session):
     assert await session.append(*block(0)) == 10
     assert server.of("Append") == []
@@ -126,7 +163,7 @@ async def test_an_append_resumes_at_the_length_the_server_names(
 
     log.before = stand_back
     assert await session.append(k, v) == 22
-    assert headers(server) == [(10, 4), (14, 4), (18, 4), (14, 4), (18, 4)]
+    assert headers(server) == [(10, 4), (14, 4), (18, 4), (18, 4), (14, 4), (18, 4)], "sent ahead, alone, and resumed"
     assert torch.equal(log.stored(0, pb.KIND_KEYS), k[0])
 
 
@@ -139,8 +176,13 @@ async def test_tokens_missing_before_the_start_are_out_of_range(session: Session
 
 async def test_a_server_that_always_sends_back_is_given_up(server: ScriptedServer, session: Session):
     limited(server, append_tokens_max=1)
-    replies = [pb.AppendResponse(length=11), Failure("OUT_OF_RANGE", facts={"length": "10"})]
-    server.will("Append", *(replies * 9))
+
+    async def back(call: Call) -> pb.AppendResponse:
+        if call.requests[0].header.start == 11:
+            raise Failure("OUT_OF_RANGE", facts={"length": "10"})
+        return pb.AppendResponse(length=11)
+
+    server.always("Append", back)
     with pytest.raises(OutOfRange):
         await session.append(*block(2))
 

@@ -159,12 +159,13 @@ async def test_a_machine_with_another_codec_sends_vectors_and_says_so_once(
     assert len(caplog.records) == 1
 
 
-async def test_a_new_fit_at_the_server_costs_one_append_of_vectors(session: Session, fitting: FittingSession):
+async def test_a_new_fit_at_the_server_costs_the_pieces_under_way_as_vectors(session: Session, fitting: FittingSession):
     await session.append(*block(16), encode=True)
     assert fitting.plan is not None
     fitting.plan = plan_for(CODEC, SHAPE, Fit(torch.ones(2, 2, 32), torch.ones(2, 2, 32), 2, 16))
     await session.append(*block(16, seed=1), encode=True)
-    assert [encoding for _, _, encoding in fitting.encodings] == [RAW, SKETCH, RAW, SKETCH]
+    await session.append(*block(8, seed=2), encode=True)
+    assert [encoding for _, _, encoding in fitting.encodings] == [RAW, SKETCH, RAW, RAW, SKETCH]
 
 
 async def test_a_replay_recognises_what_was_sent_as_vectors_and_as_sketches(session: Session, fitting: FittingSession):

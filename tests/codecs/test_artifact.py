@@ -31,12 +31,25 @@ def test_a_projection_comes_back_as_it_was_written(tmp_path: Path):
     assert found == source
     assert found.header == source.header
     assert all(torch.equal(found.parts[name], source.parts[name]) for name in source.parts)
-    assert found.words("values", 2.0).tolist() == [[0, 1, 2], [3, 4, 5]]  # type: ignore[union-attr]
-    assert found.words("keys", 3.0) is None
+    assert found.parts["words.2"][1].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert "words.3" not in found.parts
     (tmp_path / "file").write_bytes(data)
     assert {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "file").items()} == {
         name: shape for name, (_, shape) in found.header.tensors().items()
     }
+
+
+def test_a_file_from_before_shares_and_figures_is_read_as_it_is():
+    assert b"measured" not in made()
+    assert b"shares" not in made()
+    header = read_projection(made()).header
+    assert (header.shares, header.measured) == ((), {})
+    with_more = header.model_copy(update={"shares": (0.5,), "measured": {"kl": 0.5}})
+    ranks = torch.full((2, LAYERS, HEADS), D, dtype=torch.int32)
+    parts = {**projection(D, "output", WORDS).parts, "ranks.0.5": ranks}
+    assert read_projection(write_projection(with_more, parts)).header == with_more
+    with pytest.raises(ValueError, match=r"ranks\.0\.5: ranks of a head are outside \[0, 32\]"):
+        write_projection(with_more, {**parts, "ranks.0.5": ranks + 1})
 
 
 def lying(**changes: Any) -> Callable[[bytes], bytes]:

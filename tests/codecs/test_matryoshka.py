@@ -197,7 +197,7 @@ def test_plans_promise_the_variance_of_stored_planes(backend: Backend, d: int, b
 
 
 def test_queries_have_twelve_bits_and_searched_budgets_are_taken():
-    d, own = 64, (1, 0, 5, 2, 2, 2) * 2
+    d, own = 64, (1, 0, 9, 2, 6, 6) * 2
     found = projection(d, "output", ((2.0, own),))
     plan = fitted_plan(Matryoshka(bits=2.0, basis=f"projection:{found.sha256}"), d, found)
     stored = [len(w) for layer in range(LAYERS) for w in as_signs(plan.of(layer, "keys")).layout.word_groups]

@@ -13,6 +13,7 @@ from kvstore_codecs.spec import Affine, AnyCodec, CodecSpec, Kind, ModelShape, Q
 from kvstore_kernels import Backend, DenseRows, SignRows, build
 from kvstore_kernels.backend import ReferenceBackend
 from kvstore_kernels.cuda.backend import CudaBackend, open_cuda
+from kvstore_kernels.variance import ScoreNoise
 from kvstore_server.memory.device import DeviceMemory
 from kvstore_server.memory.resident import Block, ResidentSession
 from kvstore_server.scheduling.self_check import self_check
@@ -61,7 +62,7 @@ def grow(resident: ResidentSession, tokens: int) -> None:
 def attended(backend: Backend, blocks: list[Block], q: torch.Tensor, debias: float = 0.5) -> list[torch.Tensor]:
     parts = [(block.keys, block.values) for block in blocks]
     scores: dict[str, float] = {"sm_scale": q.shape[2] ** -0.5, "logit_soft_cap": 0.0, "debias": debias}
-    out, lse = backend.to_host(backend.attend_all(q, parts, **scores, kept={}))()
+    out, lse, _ = backend.attend_all(q, parts, **scores, noise=None, kept={})()
     return [out.float(), lse]
 
 
@@ -154,12 +155,17 @@ def test_a_recording_answers_as_the_launches_it_stands_for(backend: CudaBackend)
     blocks = memory.blocks(resident, 0, 0, 3000, LEVELS)
     parts = [(block.keys, block.values) for block in blocks]
     scores: dict[str, float] = {"sm_scale": 0.1, "logit_soft_cap": 0.0, "debias": 0.5}
+    noise = ScoreNoise(torch.rand(2, generator=torch.Generator().manual_seed(9)))
     for tokens in (1, 3, 4, 8):
         for run in range(5):
             q = torch.randn(tokens, 8, 128, generator=torch.Generator().manual_seed(run)).half()
-            kept = backend.to_host(backend.attend_all(q, parts, **scores, kept=blocks.kept))()
-            fresh = backend.to_host(backend.attend_all(q, parts, **scores, kept={}))()
-            assert all(torch.equal(a, b) for a, b in zip(kept, fresh, strict=True)), f"{tokens} rows, run {run}"
+            kept = backend.attend_all(q, parts, **scores, noise=noise, kept=blocks.kept)()
+            fresh = backend.attend_all(q, parts, **scores, noise=noise, kept={})()
+            assert kept[2] is not None
+            assert fresh[2] is not None
+            assert all(map(torch.equal, kept[:2], fresh[:2])), f"{tokens} rows, run {run}"
+            torch.testing.assert_close(kept[2], fresh[2])
+            torch.testing.assert_close(kept[2], noise.variance(q))
     assert memory.blocks(resident, 0, 0, 3000, LEVELS) is blocks
     grow(resident, 1)
     assert memory.blocks(resident, 0, 0, 3001, LEVELS) is not blocks

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 
-from kvstore_server.storage import commit_log, log_reader, meta_log
+from kvstore_server.storage import commit_log, log_reader, log_view, merging, meta_log
 from kvstore_server.storage.bucket import BucketStore
 from kvstore_server.storage.commit_log import CommitLog
 from kvstore_server.storage.local import LocalStore
+from kvstore_server.storage.segment import Segment, write_segment
+from kvstore_server.storage.store import Buffer
 
 from ..s3_server import S3Server, s3_server
 from . import inputs
+from .explorer import Objects
 from .memory_store import CountedStore, MemoryStore
 
 
@@ -38,7 +41,7 @@ def _by_content(parse: Callable[..., Any]) -> Callable[..., Any]:
 def parse_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meta_log, "read_record", _by_content(meta_log.read_record))
     monkeypatch.setattr(log_reader, "read_header", _by_content(log_reader.read_header))
-    monkeypatch.setattr(commit_log, "inspect_segment", _by_content(commit_log.inspect_segment))
+    monkeypatch.setattr(log_view, "inspect_segment", _by_content(log_view.inspect_segment))
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +63,20 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> MemoryStore:
 @pytest.fixture
 def log(store: MemoryStore) -> CommitLog:
     return inputs.commit_log(store)
+
+
+@pytest.fixture
+def one_append(parse_once: None, monkeypatch: pytest.MonkeyPatch) -> Objects:
+    """A session with one append, and segments that are written once."""
+    written: dict[tuple[Any, ...], list[Buffer]] = {}
+
+    def write_once(segment: Segment) -> list[Buffer]:
+        key = (segment.header.identity, segment.header.digest, segment.header.previous_digest)
+        return written.setdefault(key, [b"".join(write_segment(segment))])
+
+    monkeypatch.setattr(commit_log, "write_segment", write_once)
+    monkeypatch.setattr(merging, "write_segment", write_once)
+    store = MemoryStore()
+    log = inputs.commit_log(store)
+    inputs.append(log, inputs.created(log), seed=50)
+    return store.objects

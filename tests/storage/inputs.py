@@ -61,7 +61,7 @@ def next_segment(
     *,
     exact: int = 0,
     seed: int = 0,
-    widths: tuple[int, int] = (1, 1),
+    widths: tuple[int, int] | None = (1, 1),
     fit: Fit | None = None,
     block_hashes: tuple[bytes, ...] = (),
     block_tokens: int = 0,

@@ -35,7 +35,7 @@ class MemoryDisk:
         self.at: dict[str, Node] = {"/": self.root, "": self.root}
         """Whole path to what is there now."""
         self.lost = False
-        """Whether the lost sync had anything to do."""
+        """Whether the lost sync had anything to do but to forget what was removed."""
         self.deaf_folder: str | None = None
         """Its syncs do nothing."""
         self.changed: Callable[[str], None] = lambda call: None
@@ -86,7 +86,8 @@ class MemoryDisk:
 
     def sync_folder(self, path: str) -> None:
         folder = self._folder(path)
-        if self._sync_counts(folder.synced != folder.names) and path != self.deaf_folder:
+        new = any(folder.synced.get(name) is not node for name, node in folder.names.items())
+        if self._sync_counts(new) and path != self.deaf_folder:
             folder.synced = dict(folder.names)
         self.changed("sync_folder")
 
@@ -112,10 +113,12 @@ class MemoryDisk:
         """One disk that a power cut may leave.
 
         Of unsynced bytes: `dropped`, `kept`, `torn` at any place, `zeros` or `garbage` in their length. Of unsynced
-        names, new or removed: `none` of the changes, `all`, or `some`.
+        names: `none` of the changes, `all`, `some`, or those that were `removed`.
         """
 
         def kept_names(folder: Folder) -> dict[str, Node]:
+            if names == "removed":
+                return {name: node for name, node in folder.synced.items() if folder.names.get(name) is node}
             if names != "some":
                 return folder.synced if names == "none" else folder.names
             either = {**folder.synced, **folder.names}

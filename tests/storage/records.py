@@ -20,8 +20,8 @@ def signed(**fields: Any) -> bytes:
     return _text({**fields, "crc32c": crc32c(_text(fields))})
 
 
-def checkpoint(session: str, seq: int) -> bytes:
-    return signed(session=session, seq=seq, type="checkpoint", version=2, min_reader=2)
+def of_newer_version(session: str, seq: int) -> bytes:
+    return signed(session=session, seq=seq, type="future", version=9, min_reader=9)
 
 
 def _text(value: Any) -> bytes:

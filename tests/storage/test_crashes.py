@@ -8,17 +8,19 @@ from typing import NoReturn
 import pytest
 
 from kvstore_server.errors import KVStoreError
+from kvstore_server.storage.collecting import Collector
 from kvstore_server.storage.commit_log import AlreadyPresent, CommitLog
 from kvstore_server.storage.local import LocalStore
+from kvstore_server.storage.merging import MergeBounds, Merger
 from kvstore_server.storage.session_state import SessionState
 
 from ..faults.tally import TALLY, times
 from .facts import Found, facts_of
-from .inputs import SHAPE, SPEC, append, commit_log, next_segment
+from .inputs import CLOCK_SECONDS, SHAPE, SPEC, TENANT, append, commit_log, next_segment
 from .memory_disk import MemoryDisk, Tree
 
 ROOT = "/srv/data"
-WORST = (("dropped", "none"), ("dropped", "all"), ("garbage", "all"))
+WORST = (("dropped", "none"), ("dropped", "all"), ("garbage", "all"), ("dropped", "removed"))
 Facts = dict[str, Found]
 Run = Callable[[MemoryDisk], Iterator[None]]
 """Makes calls on a new store on the disk and yields after each acknowledgement; the same every time."""
@@ -52,6 +54,16 @@ def living(log: CommitLog, name: str) -> SessionState:
     return state
 
 
+def merge(store: LocalStore, name: str) -> None:
+    merger = Merger(store, TENANT, MergeBounds(objects_min=2, object_bytes_max=1 << 20), lambda: CLOCK_SECONDS)
+    merger.merge(living(commit_log(store), name))
+
+
+def collect(store: LocalStore, name: str) -> None:
+    """Without any grace."""
+    Collector(store, TENANT, 0.0, lambda: CLOCK_SECONDS).collect(name)
+
+
 def every_call(disk: MemoryDisk) -> Iterator[None]:
     """Every kind of call; yields after each acknowledgement."""
     log = commit_log(opened(disk))
@@ -71,6 +83,14 @@ def every_call(disk: MemoryDisk) -> Iterator[None]:
     yield
     log.update(parent, ttl_seconds=60, pinned=True)
     yield
+    for seed in range(2):
+        store = opened(disk)
+        merge(store, "parent")
+        yield
+        collect(store, "parent")
+        yield
+        append(log, parent, tokens=9, seed=20 + seed)
+        yield
     log.delete("parent")
     yield
     log = commit_log(opened(disk))  # a restart
@@ -84,22 +104,28 @@ def every_call(disk: MemoryDisk) -> Iterator[None]:
     yield
     log.delete("beside")
     yield
+    store = opened(disk)
+    merge(store, "child")
+    yield
+    for name in ("child", "parent", "beside"):
+        collect(store, name)
+        yield
 
 
 def random_calls(seed: int) -> Run:
-    """Twelve calls on three names in any order that may succeed."""
+    """Sixteen calls on three names in any order that may succeed."""
 
     def run(disk: MemoryDisk) -> Iterator[None]:
         source = random.Random(seed)
         log = commit_log(opened(disk))
         yield
-        for number in range(12):
+        for number in range(16):
             name = source.choice("abc")
             state = log.load(name)
             if state is None:
                 log.create(name, SHAPE, SPEC)
             else:
-                match source.randrange(8):
+                match source.randrange(10):
                     case 0:
                         log.delete(name)
                     case 1:
@@ -108,6 +134,10 @@ def random_calls(seed: int) -> Run:
                         log.fork(state, source.randint(0, log.discover(state)), free[0])
                     case 3:
                         log = commit_log(opened(disk))  # a restart
+                    case 4:
+                        merge(opened(disk), name)
+                    case 5:
+                        collect(opened(disk), name)
                     case _:
                         append(log, state, tokens=source.randint(1, 3), seed=number)
             yield

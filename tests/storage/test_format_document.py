@@ -1,6 +1,8 @@
 """docs/format.md is the format: its worked examples are parsed and written again, byte for byte."""
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,18 @@ from kvstore_kernels.types import Signs
 from kvstore_server.storage.container import HEADER_BYTES_MAX
 from kvstore_server.storage.digest import append_digest
 from kvstore_server.storage.geometry import PAGE_TOKENS
-from kvstore_server.storage.meta import ANCESTORS_MAX, RECORD_BYTES_MAX, Attributes, read_record, write_record
+from kvstore_server.storage.merged_segment import merged_segment
+from kvstore_server.storage.meta import (
+    ANCESTORS_MAX,
+    MERGED_MAX,
+    RECORD_BYTES_MAX,
+    Attributes,
+    Checkpoint,
+    read_record,
+    write_record,
+)
 from kvstore_server.storage.segment import Segment, geometry_of, read_segment, write_segment
-from kvstore_server.storage.segment_header import Identity, SegmentHeader
+from kvstore_server.storage.segment_header import Identity, SegmentHeader, to_metadata
 from kvstore_server.storage.store import Buffer
 
 from .inputs import object_bytes
@@ -100,12 +111,27 @@ def test_the_record_of_the_document_is_what_is_written_and_read() -> None:
     assert write_record(record) == text
 
 
+def test_the_checkpoint_of_the_document_is_what_is_written_and_read() -> None:
+    text = fenced("checkpoint").strip().encode()
+    record = read_record(text, "default", "novel", 5)
+    assert isinstance(record, Checkpoint)
+    assert write_record(record) == text
+    first = example()
+    identity = replace(first.header.identity, start=2)
+    second = replace(first, header=replace(first.header, identity=identity, digest="c1" * 32))
+    merged = merged_segment([first, second], 0.0).header
+    assert [(r.start, r.end, r.digest) for r in record.merged] == [(merged.start, merged.end, merged.digest)]
+    row = json.loads(to_metadata(merged)["appends"])[0]
+    assert row == [2, first.header.digest, "raw", "server", 1790000000.5, 0, []]
+
+
 @pytest.mark.parametrize(
     "statement",
     [
         f"at most {HEADER_BYTES_MAX:,} bytes",
         f"at most {RECORD_BYTES_MAX:,} bytes",
         f"at most {ANCESTORS_MAX} ancestors",
+        f"1 to {MERGED_MAX:,} ranges",
         f"page is {PAGE_TOKENS} tokens",
     ],
 )

@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 
 from kvstore_server.errors import DataLoss, FailedPrecondition, KVStoreError
-from kvstore_server.storage.meta import Ancestor, Attributes, Create, Delete, Record, read_record, write_record
+from kvstore_server.storage.meta import (
+    Ancestor,
+    Attributes,
+    Checkpoint,
+    Create,
+    Delete,
+    MergedRange,
+    Record,
+    read_record,
+    write_record,
+)
 
 from .inputs import CLOCK_SECONDS, SHAPE, SPEC, TENANT
 from .records import DELETE, signed
@@ -18,12 +28,19 @@ COMMON: dict[str, Any] = {
     "writer": "a1",
     "created_unix_seconds": CLOCK_SECONDS,
 }
+
+
+def merged(start: int, end: int) -> MergedRange:
+    return MergedRange(start=start, end=end, name="000000000003-a1", digest="ab" * 32, stored_bytes=900)
+
+
 ANCESTORS = (Ancestor(session="parent", generation="000000000000", end=7),)
 RECORDS: list[Record] = [
     Create(**COMMON, spec=SPEC, shape=SHAPE, ttl_seconds=3.5, pinned=True, ancestors=ANCESTORS),
     Create(**COMMON, spec=SPEC, shape=SHAPE, ttl_seconds=None, pinned=False, ancestors=()),
     Attributes(**COMMON, generation="000000000001", ttl_seconds=60, pinned=True),
     DELETE,
+    Checkpoint(**COMMON, generation="000000000001", ttl_seconds=60, pinned=False, merged=(merged(0, 4), merged(4, 5))),
 ]
 
 
@@ -62,7 +79,7 @@ def test_the_record_of_another_name_is_refused(place: tuple[str, str, int]) -> N
     [
         {"type": "checkpoint"},
         {"type": "something new"},
-        {"min_reader": 2},
+        {"min_reader": 3},
         {"min_reader": None},
         {"more": 1},
         {"generation": 1},
@@ -96,3 +113,11 @@ def test_random_damage_only_raises_our_errors() -> None:
         if bytes(changed) != data:
             with pytest.raises(KVStoreError):
                 read(bytes(changed))
+
+
+@pytest.mark.parametrize("ranges", [[], [(0, 0)], [(0, 4), (3, 5)], [(4, 6), (0, 2)]])
+def test_a_checkpoint_whose_ranges_are_empty_or_overlap_is_refused(ranges: list[tuple[int, int]]) -> None:
+    fields = {"type": "checkpoint", "ttl_seconds": None, "pinned": False, "min_reader": 2, "version": 2}
+    with pytest.raises(FailedPrecondition):
+        read(signed(**fields, merged=[merged(*each).model_dump(mode="json") for each in ranges]))
+    read(signed(**fields, merged=[merged(0, 2).model_dump(mode="json")]))

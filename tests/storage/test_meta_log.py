@@ -25,7 +25,7 @@ from .inputs import (
     loaded,
 )
 from .memory_store import MemoryStore
-from .records import checkpoint
+from .records import of_newer_version
 
 
 def test_a_created_session_is_found_with_all_its_facts(log: CommitLog, store: MemoryStore) -> None:
@@ -129,7 +129,7 @@ def test_a_missing_record_is_data_loss_but_what_lies_before_a_delete_may_go(log:
 def test_a_record_of_a_newer_version_makes_only_its_session_unreadable(log: CommitLog, store: MemoryStore) -> None:
     state = created(log)
     created(log, "b")
-    store.objects["default/a/meta/000000000001.json"] = checkpoint("a", 1)
+    store.objects["default/a/meta/000000000001.json"] = of_newer_version("a", 1)
     with pytest.raises(FailedPrecondition):
         log.load("a")
     with pytest.raises(Unavailable):  # the object is there: nothing may say that it is not

@@ -213,8 +213,8 @@ def test_a_damaged_fit_and_damaged_checksums_are_named() -> None:
 def test_a_newer_format_is_refused_as_such_and_an_older_reader_may_go_on() -> None:
     data = written(segment())
     with pytest.raises(FailedPrecondition):
-        read_segment(rewritten(data, lambda f: f["__metadata__"].update(version="3", min_reader="3")), IDENTITY)
-    readable = rewritten(data, lambda f: f["__metadata__"].update(version="3", something="new"))
+        read_segment(rewritten(data, lambda f: f["__metadata__"].update(version="4", min_reader="4")), IDENTITY)
+    readable = rewritten(data, lambda f: f["__metadata__"].update(version="4", something="new"))
     assert read_segment(readable, IDENTITY).header.tokens == 3
 
 

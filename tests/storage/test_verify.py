@@ -5,14 +5,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from kvstore_server.cli import app
+from kvstore_server.storage.bucket import BucketStore
 from kvstore_server.storage.keys import meta_key
 from kvstore_server.storage.local import LocalStore
+from kvstore_server.storage.merging import MergeBounds, Merger
 from kvstore_server.storage.verify import Report, verify_store
 
-from .inputs import SHAPE, SPEC, TENANT, append, commit_log
-from .memory_store import MemoryStore
-from .records import checkpoint
+from ..faults.tally import TALLY, times
+from ..s3_server import S3Server
+from .inputs import CLOCK_SECONDS, SHAPE, SPEC, TENANT, append, commit_log, loaded
+from .memory_store import CountedStore, MemoryStore
+from .records import of_newer_version
 
 A = "default/a/000000000000/log"
 B = "default/b/000000000000/log"
@@ -98,7 +104,7 @@ DAMAGES: dict[str, Callable[[dict[str, bytes]], object]] = {
     "a swapped object": lambda o: o.update({f"{A}/000000000000.safetensors": o[f"{A}/000000000300.safetensors"]}),
     "overlapping objects": lambda o: o.update({f"{A}/000000000301.safetensors": o[f"{A}/000000000300.safetensors"]}),
     "damage in a deleted generation": lambda o: o.update({"default/c/000000000000/log/000000000000.safetensors": b"x"}),
-    "a record of a newer version": lambda o: o.update({meta_key(TENANT, "a", 1): checkpoint("a", 1)}),
+    "a record of a newer version": lambda o: o.update({meta_key(TENANT, "a", 1): of_newer_version("a", 1)}),
     "a missing record": lambda o: o.pop(meta_key(TENANT, "c", 1)),
     "a truncated record": lambda o: o.update({meta_key(TENANT, "b", 0): b"{"}),
 }
@@ -112,3 +118,59 @@ def test_other_damage_is_named_and_does_not_stop_the_check(store: MemoryStore, n
     lines = found(store)
     assert len(lines) > before or name == "a truncated last object"
     assert any("default/b" in line for line in lines)
+
+
+# ---- in a bucket
+
+
+@pytest.fixture
+def bucket(s3: S3Server) -> tuple[str, MemoryStore]:
+    """A session with a merged object, one of its own and a fork, in a bucket: its url and what lies in it."""
+    s3.fail("none")
+    url = s3.bucket()
+    store = CountedStore(BucketStore(url, endpoint=s3.endpoint))
+    log = commit_log(store)
+    state, _ = log.create("a", SHAPE, SPEC)
+    for seed in range(3):
+        append(log, state, seed=seed)
+    bounds = MergeBounds(objects_min=2, object_bytes_max=1 << 20)
+    assert Merger(store, TENANT, bounds, lambda: CLOCK_SECONDS).merge(loaded(log))
+    append(log, loaded(log), 2, seed=5)
+    log.fork(loaded(log), 2, "b")
+    return url, store
+
+
+def verified(s3: S3Server, url: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["verify", url, "--endpoint", s3.endpoint])
+    return result.exit_code, result.output
+
+
+def test_a_bucket_is_verified_by_its_url(s3: S3Server, bucket: tuple[str, MemoryStore]) -> None:
+    url, store = bucket
+    code, output = verified(s3, url)
+    assert (code, "nothing damaged" in output) == (0, True), output
+    for key, session in (("/merged/", "a"), ("/log/000000000003", "a"), ("b/meta/", "b")):
+        key = next(each for each in store.objects if key in each)
+        flip(store, key, len(store.objects[key]) // 2)
+        code, output = verified(s3, url)
+        assert (code, f"default/{session}" in output) == (1, True), output
+        flip(store, key, len(store.objects[key]) // 2)
+    assert verified(s3, url)[0] == 0
+
+
+def test_every_flipped_byte_of_an_object_in_a_bucket_is_found(bucket: tuple[str, MemoryStore]) -> None:
+    """Of a merged one: its header, checksums, rows and words. A sample of the bytes in a plain test run."""
+    _, store = bucket
+    for other in [each for each in store.objects if "/log/" in each or "/b/" in each]:
+        del store.objects[other]
+    key = next(each for each in store.objects if "/merged/" in each)
+    row = TALLY.row("byte flipped, object in a bucket")
+    size = len(store.objects[key])
+    for place in range(0, size, times(size // 25, 1)):
+        flip(store, key, place)
+        row.cycles += 1
+        row.operations += 1
+        if not any("default/a" in line for line in found(store)):
+            row.losses += 1
+            raise AssertionError(f"byte {place} of {size}")
+        flip(store, key, place)

@@ -20,9 +20,8 @@ FINE_ROWS = 3
 """Value rows a channel above which weights have 10 bits instead of 8: the sketch's own error is then below theirs."""
 SUMS_MOST = 8
 """Row tiles times value words of a warp: its sums must fit in registers."""
-SHARED_TWICE = 113 * 1024
-"""Bytes of shared memory up to which a Hopper multiprocessor holds two blocks."""
-SHARED_MOST = 226 * 1024
+RESERVED_BYTES = 1024
+"""Of a multiprocessor's shared memory, for each block and once more."""
 
 
 def macros(
@@ -44,9 +43,10 @@ def macros(
         "SOFT_CAP": int(soft_cap),
         "DEBIAS": int(debias),
     }
-    while tiles > 1 and (tiles * value_words > SUMS_MOST or _placed(m, tiles) is None):
+    memory = build.shared_memory_bytes(key_basis.matrix.device)
+    while tiles > 1 and (tiles * value_words > SUMS_MOST or _placed(m, tiles, memory) is None):
         tiles //= 2
-    placed = _placed(m, tiles)
+    placed = _placed(m, tiles, memory)
     if placed is None:
         raise ValueError(f"sketches of {key_basis.words} and {value_basis.words} words a head do not fit shared memory")
     return placed
@@ -70,10 +70,11 @@ def variants(
             yield "merge", merge_macros(m, values.layout.head_dim, dtype), 4 * value_basis.width
 
 
-def _placed(m: build.Macros, tiles: int) -> build.Macros | None:
-    """`m` with the first arrangement that fits shared memory and registers, best first."""
+def _placed(m: build.Macros, tiles: int, memory: int) -> build.Macros | None:
+    """`m` with the first arrangement that fits registers and so much shared memory, best first."""
     light = tiles * m["VALUE_WORDS"] <= 4 and m["VALUE_GROUPS"] == m["KEY_GROUPS"] == 1
-    for blocks, buffers, most in ((2, 2, SHARED_TWICE), (2, 1, SHARED_TWICE), (1, 2, SHARED_MOST), (1, 1, SHARED_MOST)):
+    for blocks, buffers in ((2, 2), (2, 1), (1, 2), (1, 1)):
+        most = memory // blocks - RESERVED_BYTES * (3 - blocks)
         placed = {**m, "ROW_TILES": tiles, "BLOCKS": blocks, "BUFFERS": buffers}
         if (blocks == 1 or light) and shared_bytes(placed) <= most:
             return placed

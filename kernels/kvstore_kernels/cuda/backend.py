@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvstore_kernels import build
-from kvstore_kernels.backend import State, Stored
+from kvstore_kernels.backend import Attended, State, Stored
 from kvstore_kernels.cuda import attend, decode, dense, encode, mixed, pack_page, score, topk
 from kvstore_kernels.cuda.pages import PAGE_TOKENS, PAGE_UNIT, Pages, SignPages, page_bytes
 from kvstore_kernels.cuda.replay import Recorder
@@ -16,7 +16,10 @@ from kvstore_kernels.merge import merge_states
 from kvstore_kernels.paging import Paging
 from kvstore_kernels.shapes import check_pair, tokens_of
 from kvstore_kernels.types import DenseRows, Encoder, Rows, SignLayout, SignRows, Signs
+from kvstore_kernels.variance import ScoreNoise
 
+NOISE = "noise on the device"
+"""What is kept with parts of their noise; it belongs to them alone."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -80,18 +83,32 @@ class CudaBackend:
         sm_scale: float,
         logit_soft_cap: float,
         debias: float,
+        noise: ScoreNoise | None,
         kept: dict[Any, Any],
-    ) -> State:
-        def attend_parts(on_device: Tensor) -> State:
+    ) -> Callable[[], Attended]:
+        if noise is not None and NOISE not in kept:
+            kept[NOISE] = ScoreNoise(self._to_device(noise.form)).variance
+
+        def attend_parts(on_device: Tensor) -> Attended:
             state: State | None = None
             for keys, values in parts:
                 state = self._attend(on_device, keys, values, sm_scale, logit_soft_cap, debias, state)
             assert state is not None
-            return state[0].to(on_device.dtype), state[1]
+            return state[0].to(on_device.dtype), state[1], None if noise is None else kept[NOISE](on_device)
 
         if all(_stays(rows) for part in parts for rows in part):
-            return self._recorder.run(kept, (sm_scale, logit_soft_cap, debias), q, attend_parts)
-        return attend_parts(self._to_device(q))
+            key = sm_scale, logit_soft_cap, debias, noise is None
+            answer = self._recorder.run(kept, key, q, attend_parts)
+            if answer is not None:
+                return answer
+        attended = attend_parts(self._to_device(q))
+        fetch = self._begin_fetch([part for part in attended if part is not None])
+
+        def answered() -> Attended:
+            out, lse, *variances = fetch()
+            return out, lse, variances[0] if variances else None
+
+        return answered
 
     @on_stream
     def decode(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -61,7 +61,7 @@ def _placed(m: build.Macros, codes: DeviceCodes, most: int) -> build.Macros:
 
 
 def _specialise(codes: DeviceCodes, encoder: SignEncoder, dtype: torch.dtype, device: torch.device) -> Specialised:
-    most = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - RESERVED_BYTES
+    most = build.shared_memory_bytes(device) - RESERVED_BYTES
     m = _placed(macros(codes, encoder, dtype), codes, most)
     # One limit for all launches of a kernel: CuPy shares a module between those that set it.
     kernel = build.kernel("encode", device, m, most)

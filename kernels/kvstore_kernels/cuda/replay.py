@@ -1,27 +1,74 @@
 """Attention over rows that stay where they are, recorded once and replayed: one launch by the host, not one a kernel.
 
-A recording reads the very addresses it was made with. It is kept with those rows (`kept`), and must go when they move.
+A recording reads the very addresses it was made with: those of the rows, with which it is kept (`kept`) and must go
+when they move, and those of its own pinned memory, from which queries go to the device and to which answers come.
 """
 
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from kvstore_kernels.backend import State
+from kvstore_kernels.backend import Attended
 
 RECORD_AFTER = 2
 """Runs of the same kind that are launched kernel by kernel first: not every row is asked for often."""
+SLOTS = 2
+"""Recordings of one kind: one may be asked while the answer of the other is on its way."""
 
 
-@dataclass(frozen=True)
+class Answer:
+    """Of one replay; copied out of the recording's memory by whoever asks first, or when that memory is needed."""
+
+    def __init__(self, recording: "Recording", rows: int) -> None:
+        self._recording, self._rows = recording, rows
+        self._lock = threading.Lock()
+        self._answer: Attended | None = None
+
+    def __call__(self) -> Attended:
+        with self._lock:
+            if self._answer is None:
+                recording, rows = self._recording, self._rows
+                recording.done.synchronize()
+                out, lse, *variances = (_copy(part[:rows]) for part in recording.answer)
+                self._answer = out, lse, variances[0] if variances else None
+                recording.asked = None
+            return self._answer
+
+
+@dataclass
 class Recording:
+    """`q` and `answer` are pinned host memory."""
+
     graph: torch.cuda.CUDAGraph
+    done: torch.cuda.Event
     q: Tensor
-    out: Tensor
-    lse: Tensor
+    answer: list[Tensor]
+    asked: Answer | None = None
+    """What is still to be copied out."""
+
+    def replay(self, q: Tensor) -> Answer:
+        if self.asked is not None:
+            self.asked()
+        data = _bytes(q)
+        _bytes(self.q)[: data.nbytes] = data
+        self.graph.replay()
+        self.done.record()
+        self.asked = Answer(self, len(q))
+        return self.asked
+
+
+@dataclass
+class Kind:
+    """What is kept of queries that one recording could serve."""
+
+    runs: int = 0
+    recordings: list[Recording] = field(default_factory=list)
 
 
 class Recorder:
@@ -30,33 +77,56 @@ class Recorder:
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def run(self, kept: dict[Any, Any], key: Any, q: Tensor, attend: Callable[[Tensor], State]) -> State:
-        """attend(q) of q [T, Hq, D], on the current stream; valid until the next run with the same `kept`.
+    def run(self, kept: dict[Any, Any], key: Any, q: Tensor, attend: Callable[[Tensor], Attended]) -> Answer | None:
+        """Begins attend(q) of q [T, Hq, D] on the current stream; None while it is not worth recording.
 
         Query rows are padded to a power of two, so that few recordings serve all T: rows do not depend on one another.
         """
-        key = (key, 1 << (len(q) - 1).bit_length(), q.dtype)
-        recording = kept.get(key)
-        if isinstance(recording, Recording):
-            recording.q[: len(q)].copy_(q, non_blocking=True)
-            recording.graph.replay()
-            return recording.out[: len(q)], recording.lse[: len(q)]
-        if (runs := recording or 0) >= RECORD_AFTER:
-            kept[key] = self._record(key[1], q, attend)
-            return self.run(kept, key[0], q, attend)
-        kept[key] = runs + 1
-        return attend(q.to(torch.cuda.current_device(), non_blocking=True))
+        rows = 1 << (len(q) - 1).bit_length()
+        kind: Kind = kept.setdefault((key, rows, q.dtype), Kind())
+        kind.runs += 1
+        if kind.runs <= RECORD_AFTER:
+            return None
+        if len(kind.recordings) < SLOTS and all(each.asked for each in kind.recordings):
+            kind.recordings.insert(0, self._record(rows, q, attend))
+        next_one = kind.recordings.pop(0)
+        kind.recordings.append(next_one)
+        return next_one.replay(q)
 
-    def _record(self, rows: int, like: Tensor, attend: Callable[[Tensor], State]) -> Recording:
-        q = torch.zeros(rows, *like.shape[1:], dtype=like.dtype, device="cuda")
-        attend(q)  # with this number of rows: what it compiles must be there
+    def _record(self, rows: int, like: Tensor, attend: Callable[[Tensor], Attended]) -> Recording:
+        q = torch.zeros(rows, *like.shape[1:], dtype=like.dtype, pin_memory=True)
+        like_answer = attend(q.to("cuda"))  # with this number of rows: what it compiles must be there
+        answer = [torch.empty_like(part, device="cpu", pin_memory=True) for part in like_answer if part is not None]
+
+        def run() -> None:
+            found = [part for part in attend(q.to("cuda", non_blocking=True)) if part is not None]
+            for host, device in zip(answer, found, strict=True):
+                host.copy_(device, non_blocking=True)
+
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.current_stream().synchronize()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
-            out, lse = attend(q)
+            run()
         finally:
             graph.capture_end()
-        return Recording(graph, q, out, lse)
+        return Recording(graph, torch.cuda.Event(), q, answer)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return _array(tensor).data.cast("B")
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Of a few rows: torch and numpy would let go of the interpreter for that long and wait for it after."""
+    array = _array(tensor)
+    copied = np.frombuffer(bytearray(array.data.cast("B")), array.dtype).reshape(array.shape)
+    return torch.from_numpy(copied).view(tensor.dtype)
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """The rows of a host tensor as numpy can hold them."""
+    tensor = tensor.contiguous()
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
