@@ -38,6 +38,7 @@ class RedisServer:
 
     def __init__(self, binary: Path, folder: Path, *options: str, command: Sequence[str] = ()) -> None:
         """`command` in place of all options."""
+        self.binary = binary
         self.socket = folder / "redis.sock"
         self.url = f"unix://{self.socket}"
         usual = (
