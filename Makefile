@@ -16,8 +16,8 @@ test: $(DEV) ## all tests that need no GPU; Redis tests where a server is found 
 
 test-faults: $(DEV) ## kills and other faults, many times, and a table of what came of them
 	@KVSTORE_TIER=F OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -n 0 --timeout 0 tests/faults tests/storage/test_crashes.py \
-	  tests/storage/test_interleavings.py tests/storage/test_merging_orders.py tests/storage/test_verify.py tests/integration/test_merging.py \
-	  $(ARGS)
+	  tests/storage/test_interleavings.py tests/storage/test_merging_orders.py tests/storage/test_verify.py \
+	  tests/storage/test_segment.py tests/integration/test_merging.py tests/integration/test_fork_cost.py $(ARGS)
 
 test-replicas: $(DEV) ## three replicas, Redis, an S3 server and Envoy, on loopback: replicas are killed under load
 	@KVSTORE_TIER=F OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -n 0 --timeout 0 tests/faults/test_replica_kills.py $(ARGS)
