@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help test test-faults check fmt demo bench proto constraints up down clean
+.PHONY: help test test-faults test-replicas check fmt demo bench proto constraints up down clean
 BIN := .venv/bin
 SOURCES := kvstore_server kvstore_client kernels proto/generate.py deploy tests
 # Every target first makes what it needs: .venv with the extra in the stamp's name, again when these change.
@@ -9,15 +9,18 @@ DEMO := .venv/.ready-demo
 	@deploy/setup.sh $*
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
 
 test: $(DEV) ## all tests that need no GPU; Redis tests where a server is found (ARGS="-k name" for some)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n logical --maxprocesses 4 $(ARGS)
 
 test-faults: $(DEV) ## kills and other faults, many times, and a table of what came of them
 	@KVSTORE_TIER=F OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -n 0 --timeout 0 tests/faults tests/storage/test_crashes.py \
-	  tests/storage/test_interleavings.py tests/storage/test_merging_orders.py tests/storage/test_verify.py tests/integration/test_merging.py \
-	  $(ARGS)
+	  tests/storage/test_interleavings.py tests/storage/test_merging_orders.py tests/storage/test_verify.py \
+	  tests/storage/test_segment.py tests/integration/test_merging.py tests/integration/test_fork_cost.py $(ARGS)
+
+test-replicas: $(DEV) ## three replicas, Redis, an S3 server and Envoy, on loopback: replicas are killed under load
+	@KVSTORE_TIER=F OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -n 0 --timeout 0 tests/faults/test_replica_kills.py $(ARGS)
 
 check: $(DEV) ## lint, types, protocol, size and import rules
 	$(BIN)/ruff check $(SOURCES)

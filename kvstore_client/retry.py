@@ -54,10 +54,10 @@ def is_retryable(error: KVStoreError) -> bool:
 
 @dataclass(frozen=True)
 class Retry:
-    """Exponential backoff. The total time is the `timeout` of each call, whatever `attempts` would still allow."""
+    """Exponential backoff within the `timeout` of each call, whatever `attempts` would still allow."""
 
-    attempts: int = 16
-    """First attempt included. The default rides out a restart of about 20 seconds."""
+    attempts: int | None = None
+    """First attempt included; None is as many as the call's timeout allows."""
     base_delay_seconds: float = 0.05
     max_delay_seconds: float = 2.0
     factor: float = 2.0
@@ -67,7 +67,7 @@ class Retry:
     """Deadline of one attempt; None gives each attempt all the time that is left."""
 
     def __post_init__(self) -> None:
-        if self.attempts < 1:
+        if self.attempts is not None and self.attempts < 1:
             raise ValueError(f"attempts {self.attempts} is below 1")
         if not 0 <= self.base_delay_seconds <= self.max_delay_seconds:
             raise ValueError("base_delay_seconds must lie in [0, max_delay_seconds]")
@@ -95,7 +95,7 @@ class Retry:
             except KVStoreError as error:
                 failures += 1
                 delay = self.delay_seconds(failures, error)
-                if not is_retryable(error) or failures >= self.attempts or clock.now() + delay >= deadline:
+                if not is_retryable(error) or failures == self.attempts or clock.now() + delay >= deadline:
                     raise
             await clock.sleep(delay)
 

@@ -23,6 +23,8 @@ AFFINITY_KEY = "x-kv-affinity"
 STATUS_KEY = "grpc-status-details-bin"
 SEND_FAILED = "Internal error from Core"
 """What grpc.aio says when a message could not be sent."""
+STREAM_RESET = "RST_STREAM"
+"""What it says, as INTERNAL, when a proxy resets a call because the server behind it is gone."""
 
 
 class Transport(Protocol):
@@ -199,6 +201,8 @@ def _as_error(error: aio.AioRpcError) -> KVStoreError:
 
 
 def _error_of(code: grpc.StatusCode, details: str | None, trailers: Iterable[tuple[str, str | bytes]]) -> KVStoreError:
+    if code is grpc.StatusCode.INTERNAL and STREAM_RESET in (details or ""):
+        return Unavailable(f"the connection was lost ({details})", reason="STREAM_LOST")
     status = Status(code=code.value[0], message=details or "")
     for key, value in trailers or ():
         if key == STATUS_KEY and isinstance(value, bytes):

@@ -209,7 +209,12 @@ def open_index(settings: IndexSettings) -> Index:
     """The index that the settings name; it is not asked anything yet."""
     if settings.url == "memory":
         return MemoryIndex()
-    return RedisIndex(settings.url, password=settings.read_password(), timeout_seconds=settings.timeout_seconds)
+    return RedisIndex(
+        settings.url,
+        password=settings.read_password(),
+        tls_ca_file=settings.tls_ca_file,
+        timeout_seconds=settings.timeout_seconds,
+    )
 
 
 def redactor(settings: Settings) -> Redactor:

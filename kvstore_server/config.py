@@ -1,6 +1,7 @@
 """The settings: one YAML file, overridden by KVSTORE__SECTION__KEY, overridden by the command line."""
 
 import os
+import re
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -34,6 +35,7 @@ from kvstore_server.section import Section
 
 ENV_PREFIX = "KVSTORE__"
 BUCKETS = ("s3", "gs", "az")
+INDEX_URL = re.compile(r"unix:///.+|rediss?://.+|rediss?\+cluster://[^/]+/?|rediss?\+sentinel://[^/]+/[^/]+(/[0-9]+)?")
 Tree = dict[str, Any]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
@@ -134,11 +136,15 @@ class Index(Section):
     """Where derived facts are kept."""
 
     url: str = "memory"
-    """`memory`, or redis://host:port/db, rediss:// (TLS) or unix:///socket to share it between servers."""
+    """`memory`; or, to share it between servers, redis://user@host:port/db, unix:///socket,
+    redis+sentinel://user@host:port,host:port/service/db or redis+cluster://user@host:port,host:port. With rediss for
+    redis: over TLS."""
     password: SecretStr | None = None
     """Of Redis; never in the url, which is logged."""
     password_file: Path | None = None
     """A file that holds the password."""
+    tls_ca_file: Path | None = None
+    """Certificates to trust over TLS instead of the system's."""
     timeout_seconds: Seconds = 1.0
     """How long one command to Redis may take."""
 
@@ -147,8 +153,11 @@ class Index(Section):
     def _known(cls, value: str) -> str:
         if value == "memory":
             return value
-        if not value.startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError("must be memory, redis://, rediss:// or unix://")
+        if not INDEX_URL.fullmatch(value):
+            raise ValueError(
+                "must be memory, redis://host, unix:///socket, redis+sentinel://host,host/service or "
+                "redis+cluster://host,host (rediss: TLS)"
+            )
         if urlsplit(value).password is not None:
             raise ValueError("holds a password: use index.password or index.password_file instead")
         return value

@@ -37,7 +37,7 @@ HOMES = {
         "kvstore_server.session_commands",
         "kvstore_server.report",
     ),
-    "redis": ("kvstore_server.metadata.redis",),
+    "redis": ("kvstore_server.metadata.redis", "kvstore_server.metadata.redis_client"),
     "obstore": ("kvstore_server.storage.bucket",),
     "cupy": ("kvstore_kernels",),
 }

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,13 +36,26 @@ def binaries() -> dict[str, Path]:
 class RedisServer:
     """`start` and `stop` as often as a test wants; nothing is kept on disk."""
 
-    def __init__(self, binary: Path, folder: Path, *options: str) -> None:
+    def __init__(self, binary: Path, folder: Path, *options: str, command: Sequence[str] = ()) -> None:
+        """`command` in place of all options."""
+        self.binary = binary
         self.socket = folder / "redis.sock"
         self.url = f"unix://{self.socket}"
+        usual = (
+            "--port",
+            "0",
+            "--unixsocket",
+            str(self.socket),
+            "--dir",
+            str(folder),
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+        )
         self._command = [
             *(sys.executable, "-S", "-c", DIE_WITH_PARENT, str(binary)),
-            *("--port", "0", "--unixsocket", str(self.socket), "--dir", str(folder)),
-            *("--save", "", "--appendonly", "no", *options),
+            *(command or (*usual, "--save", "", "--appendonly", "no", *options)),
         ]
         self.process: subprocess.Popen[bytes] | None = None
 

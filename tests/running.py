@@ -16,7 +16,9 @@ from kvstore_server.app import Server
 from kvstore_server.config import Settings, load
 
 from .redis_server import DIE_WITH_PARENT
+from .server_forge import Forge
 
+CLI = ("-m", "kvstore_server.cli")
 START_SECONDS = 240
 
 
@@ -46,20 +48,27 @@ async def serving(data: Path, **sections: Mapping[str, object] | float) -> Async
 class ServerProcess:
     """`kvstore serve` on a free port. Every wait is bounded; the process is stopped by its id."""
 
-    def __init__(self, data: Path | str, *args: str, env: dict[str, str] | None = None) -> None:
-        command = [
-            *(sys.executable, "-S", "-c", DIE_WITH_PARENT, sys.executable, "-m", "kvstore_server.cli", "serve"),
-            *("--data", str(data), "--listen", "127.0.0.1:0", "--metrics", "off", "--device", "cpu", *args),
+    def __init__(
+        self, data: Path | str, *args: str, env: dict[str, str] | None = None, forge: Forge | None = None
+    ) -> None:
+        """Of a forge, the process is there sooner; it is the same in everything else."""
+        arguments = [
+            *("serve", "--data", str(data), "--listen", "127.0.0.1:0", "--metrics", "off", "--device", "cpu"),
+            *args,
         ]
-        self._process = subprocess.Popen(
-            command,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", **(env or {})},
-        )
+        environment = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", **(env or {})}
+        readable, writable = os.pipe()
+        try:
+            if forge is None:
+                command = [*(sys.executable, "-S", "-c", DIE_WITH_PARENT, sys.executable), *CLI, *arguments]
+                self._process = subprocess.Popen(command, stderr=writable, env={**os.environ, **environment})
+            else:
+                self._process = forge.start(arguments, environment, writable)
+        finally:
+            os.close(writable)
         self.lines: list[str] = []
         self._queue: Queue[str | None] = Queue()
-        self._reader = threading.Thread(target=self._drain_stderr, daemon=True)
+        self._reader = threading.Thread(target=self._drain_stderr, args=[readable], daemon=True)
         self._reader.start()
         self.target = self._wait_for_address()
 
@@ -102,9 +111,8 @@ class ServerProcess:
             if found := re.search(r"serving on (\S+),", line):
                 return found[1]
 
-    def _drain_stderr(self) -> None:
-        assert self._process.stderr is not None
-        with self._process.stderr as lines:
+    def _drain_stderr(self, readable: int) -> None:
+        with open(readable, errors="replace") as lines:
             for line in lines:
                 self.lines.append(line)
                 self._queue.put(line)

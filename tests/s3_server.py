@@ -1,6 +1,6 @@
 """A real S3 server for tests (moto), in a process of its own on loopback. It dies with them and fails when told to.
 
-moto looks for a name before it creates it, without a lock: this one takes changes one by one, as a store must.
+moto looks for a name before it creates it, and lists while it changes, without a lock: this one does so one by one.
 """
 
 import contextlib
@@ -114,7 +114,7 @@ class Faulty:
         return self._fault if self._left >= 0 else "none"
 
     def _real(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if environ["REQUEST_METHOD"] in ("PUT", "POST", "DELETE"):
+        if environ["REQUEST_METHOD"] in ("PUT", "POST", "DELETE") or "list-type" in environ["QUERY_STRING"]:
             with self._changing:
                 return list(self._app(environ, start_response))
         return self._app(environ, start_response)

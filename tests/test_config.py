@@ -64,6 +64,7 @@ def test_an_empty_file_is_the_defaults(file: Path) -> None:
         ("storage: {url: 'file://host/folder'}", "storage.url: must be"),
         ("storage: {url: 's3://key:secret@bucket'}", "storage.url: holds credentials"),
         ("index: {url: 'http://x'}", "index.url: must be memory"),
+        ("index: {url: 'redis+sentinel://x'}", "index.url: must be memory"),
         ("device: {name: gpu}", "device.name: "),
         ("codec: {keys: {name: rotated, planes: 9}, values: {name: raw}}", "codec.keys.rotated.planes: "),
         ("listen: [1", "kvstore.yaml: "),

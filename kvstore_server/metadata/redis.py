@@ -11,14 +11,12 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
-from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.client import PubSub
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisClusterException, RedisError, ResponseError
 
 from kvstore_server.errors import Unavailable
 from kvstore_server.metadata.index import (
@@ -32,17 +30,14 @@ from kvstore_server.metadata.index import (
     living,
 )
 from kvstore_server.metadata.keys import NAMESPACE, NOTICES, REPLICAS, key
+from kvstore_server.metadata.redis_client import CONNECTIONS_MAX, IDLE_SECONDS, close, connect
 from kvstore_server.metadata.scripts import DROP_PREFIX, FIND_PREFIXES, PAGE, PUT_PREFIXES, STATE, SWAP
 
 log = logging.getLogger(__name__)
 
-CONNECTIONS_MAX = 32
-RETRIES_MAX = 2
 PREFIXES_AT_ONCE = 512
 RACES_MAX = 16
 """Lost races on one session before a write gives up."""
-IDLE_SECONDS = 15.0
-"""A subscription that hears nothing for so long asks whether its connection lives."""
 
 _GENERATION = re.compile(rb"[0-9]{1,15}")
 
@@ -56,11 +51,21 @@ Decide = Callable[[SessionEntry | None, int], tuple[SessionEntry | None, int] | 
 class RedisIndex:
     """Implements metadata.index.Index. `timeout_seconds` bounds each operation, its retries included."""
 
-    def __init__(self, url: str, *, password: str | None = None, timeout_seconds: float = 1.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        password: str | None = None,
+        tls_ca_file: Path | None = None,
+        timeout_seconds: float = 1.0,
+    ) -> None:
         self.malformed = 0
         self._timeout_seconds = timeout_seconds
-        self._connect = partial(_client, url, password, timeout_seconds)
-        self._redis = self._connect(RETRIES_MAX)
+        self._connect = partial(
+            connect, url, password=password, tls_ca_file=tls_ca_file, timeout_seconds=timeout_seconds
+        )
+        self._redis = self._connect()
+        self._slots = asyncio.Semaphore(CONNECTIONS_MAX)
         self._state, self._page, self._swap = map(self._redis.register_script, (STATE, PAGE, SWAP))
         scripts = (PUT_PREFIXES, FIND_PREFIXES, DROP_PREFIX)
         self._put_prefixes, self._find_prefixes, self._drop_prefix = map(self._redis.register_script, scripts)
@@ -133,13 +138,19 @@ class RedisIndex:
 
     @asynccontextmanager
     async def subscribe(self) -> AsyncGenerator[AsyncIterator[Notice]]:
-        async with self._connect(0) as client, client.pubsub() as channel:
+        client = self._connect(retries=0)
+        try:
             async with self._bounded():
-                await channel.subscribe(NOTICES)
-                while await channel.get_message(timeout=self._timeout_seconds) is None:
-                    pass
-            async with aclosing(self._notices(channel)) as notices:
-                yield notices
+                await client.initialize()  # of a cluster: where its slots are
+            async with client.pubsub() as channel:
+                async with self._bounded():
+                    await channel.subscribe(NOTICES)
+                    while await channel.get_message(timeout=self._timeout_seconds) is None:
+                        pass
+                async with aclosing(self._notices(channel)) as notices:
+                    yield notices
+        finally:
+            await close(client)
 
     async def _notices(self, channel: PubSub) -> AsyncGenerator[Notice]:
         asked = False
@@ -180,7 +191,7 @@ class RedisIndex:
                 await self._redis.unlink(name)
 
     async def close(self) -> None:
-        await self._redis.aclose()
+        await close(self._redis)
 
     async def _change(self, tenant: str, name: str, decide: Decide) -> bool:
         keys = [*_keys(tenant), key(tenant, "removed", name)]
@@ -239,7 +250,7 @@ class RedisIndex:
     @asynccontextmanager
     async def _bounded(self) -> AsyncGenerator[None]:
         with _unavailable():
-            async with asyncio.timeout(self._timeout_seconds):
+            async with asyncio.timeout(self._timeout_seconds), self._slots:
                 yield
 
 
@@ -247,7 +258,7 @@ class RedisIndex:
 def _unavailable() -> Generator[None]:
     try:
         yield
-    except (RedisError, OSError, TimeoutError) as error:
+    except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
         raise Unavailable("INDEX_UNAVAILABLE", "the index does not answer") from error
 
 
@@ -258,18 +269,3 @@ def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 def _keys(tenant: str) -> list[str]:
     return [key(tenant, part) for part in ("sessions", "names", "used")]
-
-
-def _client(url: str, password: str | None, timeout_seconds: float, retries: int) -> Redis:
-    return Redis.from_pool(
-        BlockingConnectionPool.from_url(
-            url,
-            password=password,
-            max_connections=CONNECTIONS_MAX,
-            timeout=timeout_seconds,
-            socket_timeout=timeout_seconds,
-            socket_connect_timeout=timeout_seconds,
-            health_check_interval=IDLE_SECONDS,
-            retry=Retry(ExponentialWithJitterBackoff(base=0.02, cap=0.25), retries),
-        )
-    )

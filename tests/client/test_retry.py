@@ -65,6 +65,13 @@ async def test_the_last_attempt_s_error_is_raised():
     assert len(operation.allowed) == 5
 
 
+async def test_a_server_that_is_away_for_long_is_asked_until_the_call_s_own_deadline():
+    clock = FakeClock()
+    operation = Operation(clock, *(Unavailable("x") for _ in range(100)), seconds=0.1)
+    assert await Retry(jitter=0).run(operation, timeout=600, clock=clock) == "done"
+    assert len(operation.allowed) == 101
+
+
 async def test_a_call_that_a_stopping_server_cancels_is_made_again():
     clock = FakeClock()
     operation = Operation(clock, Cancelled("x"))

@@ -86,6 +86,14 @@ async def test_a_stream_that_breaks_in_the_middle_is_read_again_from_its_start(
     assert await client.get_projection("ab") == b"one two"
 
 
+async def test_a_proxy_that_lost_the_server_behind_it_is_asked_again(
+    server: ScriptedServer, client: AsyncKVStoreClient
+):
+    reset = Failure("INTERNAL", "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))")
+    server.will("GetServerInfo", reset, inputs.server_info())
+    assert (await client.server_info()).version == "1.2.3"
+
+
 async def test_cancelling_a_call_ends_it_at_the_server(server: ScriptedServer, client: AsyncKVStoreClient):
     began, ended = asyncio.Event(), asyncio.Event()
 

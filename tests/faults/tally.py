@@ -21,6 +21,12 @@ class Row:
     operations: int = 0
     losses: int = 0
 
+    def step(self, total: int) -> None:
+        """One more cycle of so many; a line now and then says how far it is."""
+        self.cycles += 1
+        if self.cycles % max(1, total // 10) == 0:
+            print(f"{self.fault}: {self.cycles:,} of {total:,}", flush=True)
+
 
 @dataclass
 class Tally:

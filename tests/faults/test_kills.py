@@ -1,50 +1,36 @@
 """One server over a local folder, killed or stopped under load again and again: every acknowledged append is there."""
 
 import asyncio
-import random
 from pathlib import Path
 
 import pytest
 
-from kvstore_client import AsyncKVStoreClient, Retry
-
 from ..running import ServerProcess
+from ..server_forge import Forge
 from .tally import TALLY, only_in_the_whole_suite
-from .workload import Worker
+from .workload import work_through
 
 pytestmark = [pytest.mark.slow, only_in_the_whole_suite]
-WORKERS = 8
-PATIENT = Retry(attempts=10_000)
-"""However long a restart takes on a busy machine: the calls' own timeouts are the bound."""
 
 
 @pytest.mark.parametrize(("signal", "cycles"), [("kill", 200), ("terminate", 100)])
-async def test_what_was_acknowledged_is_there_after_every_restart(tmp_path: Path, signal: str, cycles: int) -> None:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    chance = random.Random(seed)
-    workers = [Worker(f"w{number}", chance.randrange(2**32)) for number in range(WORKERS)]
+async def test_what_was_acknowledged_is_there_after_every_restart(
+    tmp_path: Path, forge: Forge, signal: str, cycles: int
+) -> None:
+    def started(target: str = "127.0.0.1:0") -> ServerProcess:
+        return ServerProcess(tmp_path, "--listen", target, forge=forge)
+
+    async def disturb(_: int) -> None:
+        nonlocal server
+        if signal == "kill":
+            await asyncio.to_thread(server.kill)
+        else:
+            assert await asyncio.to_thread(server.terminate) == 0
+        server = await asyncio.to_thread(started, server.target)
+
     row = TALLY.row("kill -9 of a server, local" if signal == "kill" else "SIGTERM of a server, local")
-    server, stop = await asyncio.to_thread(ServerProcess, tmp_path), asyncio.Event()
+    server = await asyncio.to_thread(started)
     try:
-        async with AsyncKVStoreClient(server.target, retry=PATIENT) as client:
-            running = asyncio.gather(*(worker.run(client, stop) for worker in workers))
-            for _ in range(cycles):
-                await asyncio.sleep(chance.uniform(0.1, 1.0))
-                if signal == "kill":
-                    await asyncio.to_thread(server.kill)
-                else:
-                    assert await asyncio.to_thread(server.terminate) == 0
-                assert not running.done(), "a call failed"
-                server = await asyncio.to_thread(ServerProcess, tmp_path, "--listen", server.target)
-                row.cycles += 1
-            stop.set()
-            await running
-            for worker in workers:
-                await worker.check_all(client)
-    except BaseException:
-        row.losses += 1
-        raise
+        await work_through(disturb, cycles, row, target=server.target, workers=8)
     finally:
-        row.operations += sum(worker.operations for worker in workers)
         server.kill()

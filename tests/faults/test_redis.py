@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,9 @@ from kvstore_server.cli import app
 from kvstore_server.metadata.keys import NAMESPACE
 
 from ..redis_server import RedisServer
+from ..redis_topologies import Sentinels
 from ..running import serving
-from .tally import TALLY, times
+from .tally import TALLY, Row, times
 from .workload import SHAPE, check, vectors
 
 pytestmark = pytest.mark.redis
@@ -79,9 +80,9 @@ async def heal(server: RedisServer) -> None:
 
 
 @asynccontextmanager
-async def served(folder: Path, redis: RedisServer) -> AsyncIterator[Clients]:
+async def served(folder: Path, index_url: str) -> AsyncIterator[Clients]:
     """One for each server, and one of the second that does not ask again."""
-    index = {"url": redis.url, "timeout_seconds": 0.3}
+    index = {"url": index_url, "timeout_seconds": 0.3}
     async with (
         serving(folder, index=index, staleness_seconds=0.2) as one,
         serving(folder, index=index, staleness_seconds=0.2) as two,
@@ -101,20 +102,21 @@ async def answered(call: Awaitable[object]) -> object:
         return None
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-async def test_redis_may_fail_in_any_way(tmp_path: Path, redis: RedisServer, fault: str) -> None:
+async def survived(
+    folder: Path, url: str, strike: Callable[[], Awaitable[None]], heal: Callable[[], Awaitable[None]], row: Row
+) -> None:
+    """Two servers over the index at `url`, which is struck and healed again and again."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
-    chance, row = random.Random(seed), TALLY.row(f"Redis {fault}")
+    chance, total = random.Random(seed), times(1, 10)
     chain = TokenChain.of(range(512), block_tokens=BLOCK_TOKENS)
     lengths: dict[str, int] = {}
-    async with served(tmp_path, redis) as (clients, asking):
-        for cycle in range(times(1, 10)):
+    async with served(folder, url) as (clients, asking):
+        for cycle in range(total):
             name = f"s{cycle}"
             k, v = vectors(name)
             await clients[0].create_session(name, NAMED, RAW)
-            async with Redis.from_url(redis.url) as raw:
-                await FAULTS[fault](redis, raw)
+            await strike()
             lengths[name] = 0
             for _ in range(4):
                 session = await chance.choice(clients).open_session(name)
@@ -129,10 +131,10 @@ async def test_redis_may_fail_in_any_way(tmp_path: Path, redis: RedisServer, fau
             assert listed is None or {info.name for info in listed} <= set(lengths)  # type: ignore[attr-defined]
             match = await answered(asking.match_prefix("llama", chain, timeout=5))
             assert match is None or match.end <= lengths[match.session]  # type: ignore[attr-defined]
-            row.cycles += 1
-            await heal(redis)
+            await heal()
+            row.step(total)
         await asyncio.sleep(1.5)  # what waited is told again, which must not matter
-        arguments = ["rebuild-index", "--data", str(tmp_path), "--index", redis.url]
+        arguments = ["rebuild-index", "--data", str(folder), "--index", url]
         rebuilt = await asyncio.to_thread(CliRunner().invoke, app, arguments)
         assert (rebuilt.exit_code, rebuilt.stdout) == (0, f"{len(lengths)} sessions\n")
         longest = max(length // BLOCK_TOKENS for length in lengths.values()) * BLOCK_TOKENS
@@ -141,3 +143,26 @@ async def test_redis_may_fail_in_any_way(tmp_path: Path, redis: RedisServer, fau
             match = await client.match_prefix("llama", chain)
             assert (match.end if match else 0) == longest
             row.operations += 2
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_redis_may_fail_in_any_way(tmp_path: Path, redis: RedisServer, fault: str) -> None:
+    async def strike() -> None:
+        async with Redis.from_url(redis.url) as raw:
+            await FAULTS[fault](redis, raw)
+
+    await survived(tmp_path, redis.url, strike, lambda: heal(redis), TALLY.row(f"Redis {fault}"))
+
+
+@pytest.mark.slow
+async def test_sentinels_may_choose_another_primary(tmp_path: Path, redis: RedisServer) -> None:
+    with ExitStack() as stack:
+        sentinels = await asyncio.to_thread(Sentinels, redis.binary, stack)
+
+        async def strike() -> None:
+            await asyncio.to_thread(sentinels.fail_over)
+
+        async def heal() -> None:
+            await asyncio.to_thread(sentinels.heal)
+
+        await survived(tmp_path, sentinels.url, strike, heal, TALLY.row("Redis failed over"))

@@ -23,7 +23,7 @@ from .tally import TALLY, times
 
 SHAPE = ModelShape(layers=1, kv_heads=1, query_heads=1, head_dim=32, dtype="float16", sm_scale=0.2)
 ONE_TRY = Retry(attempts=1)
-QUICK = Retry(base_delay_seconds=0.005, max_delay_seconds=0.05, attempts=200)
+QUICK = Retry(base_delay_seconds=0.005, max_delay_seconds=0.05)
 
 
 def token(piece: str) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ import errno
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 from kvstore_server.storage.store import Buffer
 
@@ -35,12 +36,13 @@ class MemoryDisk:
         """Whole path to what is there now."""
         self.lost = False
         """Whether the lost sync had anything to do but to forget what was removed."""
-        self.deaf_folder = ""
+        self.deaf_folder: str | None = None
         """Its syncs do nothing."""
         self.changed: Callable[[str], None] = lambda call: None
         self.syncs = 0
         self._lost_sync = lost_sync
         self._handles: dict[int, File] = {}
+        self._handle_numbers = count(3)
         for path, data in sorted((tree or {}).items()):
             parent, name = self._parent(path)
             node = Folder() if data is None else File(data, data)
@@ -53,7 +55,7 @@ class MemoryDisk:
     def create(self, path: str) -> int:
         file = File()
         self._add(path, file)
-        handle = len(self._handles) + 3
+        handle = next(self._handle_numbers)
         self._handles[handle] = file
         self.changed("create")
         return handle
