@@ -1,5 +1,6 @@
 """Client of the remote KV store: append attention keys and values once, attend to them from many workers."""
 
+from kvstore_client.access import Tls
 from kvstore_client.answers import Attention, Fidelity, Precision, Scores, Sketches, TopK
 from kvstore_client.buffer import AppendBuffer
 from kvstore_client.client import AsyncKVStoreClient
@@ -69,6 +70,7 @@ __all__ = [
     "Sketches",
     "SyncPrefix",
     "SyncSession",
+    "Tls",
     "TokenChain",
     "TopK",
     "Transport",

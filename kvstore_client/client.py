@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Self
 
+from kvstore_client.access import Tls
 from kvstore_client.failover import open_transport
 from kvstore_client.fetching import fetch_projection
 from kvstore_client.info import (
@@ -45,12 +46,21 @@ class AsyncKVStoreClient:
 
     Belongs to the event loop that first uses it. `timeout` of a call is in seconds and covers its retries. Of several
     replicas, one that fails costs a retry at another.
+
+    `api_key` and `tls` (True: with gRPC's own roots) say who calls and how that is encrypted; what is not given comes
+    from KVSTORE_API_KEY and KVSTORE_TLS_CA_FILE, KVSTORE_TLS_CERTIFICATE_FILE, ... (kvstore_client/access.py).
     """
 
     def __init__(
-        self, target: str | Sequence[str], *, retry: Retry = DEFAULT_RETRY, transport: Transport | None = None
+        self,
+        target: str | Sequence[str],
+        *,
+        api_key: str | None = None,
+        tls: Tls | bool | None = None,
+        retry: Retry = DEFAULT_RETRY,
+        transport: Transport | None = None,
     ) -> None:
-        self._link = Link(open_transport(target) if transport is None else transport, retry)
+        self._link = Link(open_transport(target, api_key, tls) if transport is None else transport, retry)
 
     async def __aenter__(self) -> Self:
         return self

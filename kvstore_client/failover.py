@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TypeVar
 
+from kvstore_client.access import Tls, access_to
 from kvstore_client.errors import Cancelled, DeadlineExceeded, Unavailable
 from kvstore_client.retry import SYSTEM_CLOCK, Clock
 from kvstore_client.rpcs import Rpc
@@ -23,11 +24,11 @@ OPTIONS = ChannelOptions(keepalive_seconds=10.0, keepalive_timeout_seconds=5.0)
 """An Attend stream has no deadline: a replica that vanished is noticed within the default deadline of a step."""
 
 
-def open_transport(target: str | Sequence[str]) -> Transport:
-    """To one server, or to any of several replicas."""
+def open_transport(target: str | Sequence[str], api_key: str | None = None, tls: Tls | bool | None = None) -> Transport:
+    """To one server, or to any of several replicas. ValueError as access_to has it."""
     if isinstance(target, str):
-        return GrpcTransport(target)
-    return FailoverTransport({each: GrpcTransport(each, OPTIONS) for each in target})
+        return GrpcTransport(target, access=access_to(target, api_key, tls))
+    return FailoverTransport({each: GrpcTransport(each, OPTIONS, access_to(each, api_key, tls)) for each in target})
 
 
 @dataclass

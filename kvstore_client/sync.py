@@ -4,6 +4,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import wraps
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
+from kvstore_client.access import Tls
 from kvstore_client.client import AsyncKVStoreClient
 from kvstore_client.loop_thread import LoopThread
 from kvstore_client.prefix import Prefix
@@ -96,9 +97,16 @@ class KVStoreClient(_Blocking[AsyncKVStoreClient]):
     """AsyncKVStoreClient with blocking calls; threads may share it."""
 
     def __init__(
-        self, target: str | Sequence[str], *, retry: Retry = DEFAULT_RETRY, transport: Transport | None = None
+        self,
+        target: str | Sequence[str],
+        *,
+        api_key: str | None = None,
+        tls: Tls | bool | None = None,
+        retry: Retry = DEFAULT_RETRY,
+        transport: Transport | None = None,
     ) -> None:
-        super().__init__(AsyncKVStoreClient(target, retry=retry, transport=transport), LoopThread())
+        inner = AsyncKVStoreClient(target, api_key=api_key, tls=tls, retry=retry, transport=transport)
+        super().__init__(inner, LoopThread())
 
     create_session = _session(AsyncKVStoreClient.create_session)
     open_session = _session(AsyncKVStoreClient.open_session)

@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -10,6 +11,7 @@ from google.protobuf.message import DecodeError
 from google.rpc.status_pb2 import Status
 from grpc import aio
 
+from kvstore_client.access import OPEN, Access, Tls
 from kvstore_client.errors import CLOSED, Cancelled, KVStoreError, Unavailable, from_status
 from kvstore_client.rpcs import Rpc
 
@@ -77,11 +79,12 @@ class ChannelOptions:
 
 
 class GrpcTransport:
-    """Transport over one grpc.aio channel to `target` (`host:port`, `unix:path`, `dns:///name:port`), without TLS."""
+    """Transport over one grpc.aio channel to `target` (`host:port`, `unix:path`, `dns:///name:port`)."""
 
-    def __init__(self, target: str, options: ChannelOptions = ChannelOptions()) -> None:
+    def __init__(self, target: str, options: ChannelOptions = ChannelOptions(), access: Access = OPEN) -> None:
         self._target = target
         self._options = options
+        self._access = access
         self._channel: aio.Channel | None = None
         self._closed = False
 
@@ -90,13 +93,16 @@ class GrpcTransport:
             raise Cancelled("the client is closed", reason=CLOSED)
         # Not in the constructor: a channel belongs to the event loop that runs when it is made.
         if self._channel is None:
-            self._channel = aio.insecure_channel(self._target, options=self._options.arguments())
+            self._channel = _channel(self._target, self._options.arguments(), self._access.tls)
         return self._channel
+
+    def _metadata(self, affinity: str) -> tuple[tuple[str, str], ...]:
+        return (*self._access.metadata, *(((AFFINITY_KEY, affinity),) if affinity else ()))
 
     async def unary(self, rpc: Rpc[Request, Reply], request: Request, *, timeout: float, affinity: str = "") -> Reply:
         method = self._open().unary_unary(rpc.path, rpc.encode, rpc.decode)
         try:
-            return await method(request, timeout=timeout, metadata=_metadata(affinity))
+            return await method(request, timeout=timeout, metadata=self._metadata(affinity))
         except aio.AioRpcError as error:
             raise _as_error(error) from None
 
@@ -104,7 +110,7 @@ class GrpcTransport:
         self, rpc: Rpc[Request, Reply], requests: Iterable[Request], *, timeout: float, affinity: str = ""
     ) -> Reply:
         method = self._open().stream_unary(rpc.path, rpc.encode, rpc.decode)
-        call = method(iter(requests), timeout=timeout, metadata=_metadata(affinity))
+        call = method(iter(requests), timeout=timeout, metadata=self._metadata(affinity))
         first = _FirstStatus(call)
         try:
             return await call
@@ -115,7 +121,7 @@ class GrpcTransport:
         self, rpc: Rpc[Request, Reply], request: Request, *, timeout: float, affinity: str = ""
     ) -> AsyncGenerator[Reply]:
         method = self._open().unary_stream(rpc.path, rpc.encode, rpc.decode)
-        call = method(request, timeout=timeout, metadata=_metadata(affinity))
+        call = method(request, timeout=timeout, metadata=self._metadata(affinity))
         try:
             async for reply in call:
                 yield reply
@@ -128,7 +134,7 @@ class GrpcTransport:
         self, rpc: Rpc[Request, Reply], requests: AsyncIterator[Request], *, affinity: str = ""
     ) -> AsyncGenerator[Reply]:
         method = self._open().stream_stream(rpc.path, rpc.encode, rpc.decode)
-        call = method(requests, metadata=_metadata(affinity))
+        call = method(requests, metadata=self._metadata(affinity))
         first = _FirstStatus(call)
         try:
             async for reply in call:
@@ -144,8 +150,15 @@ class GrpcTransport:
             await self._channel.close()
 
 
-def _metadata(affinity: str) -> tuple[tuple[str, str], ...]:
-    return ((AFFINITY_KEY, affinity),) if affinity else ()
+def _channel(target: str, options: list[tuple[str, Any]], tls: Tls | None) -> aio.Channel:
+    """OSError if a file cannot be read."""
+    if tls is None:
+        return aio.insecure_channel(target, options=options)
+    ca, key, chain = (
+        None if file is None else Path(file).read_bytes() for file in (tls.ca_file, tls.key_file, tls.certificate_file)
+    )
+    name = [("grpc.ssl_target_name_override", tls.server_name)] if tls.server_name else []
+    return aio.secure_channel(target, grpc.ssl_channel_credentials(ca, key, chain), options=[*options, *name])
 
 
 class _FirstStatus:

@@ -10,16 +10,22 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from kvstore_server.audit import AuditLog
 from kvstore_server.config import Address, Settings
 from kvstore_server.config import Index as IndexSettings
 from kvstore_server.device import open_device
+from kvstore_server.identity.key_ring import KeyRing
+from kvstore_server.identity.key_store import KeyStore
 from kvstore_server.limits import PROTOCOL_OVERHEAD_BYTES
 from kvstore_server.memory.device import EVENTS
 from kvstore_server.metadata.index import Index
 from kvstore_server.metadata.memory import MemoryIndex
 from kvstore_server.metadata.redis import RedisIndex
+from kvstore_server.redaction import Redactor, secrets_in
+from kvstore_server.rpc.authentication import Authenticator
 from kvstore_server.rpc.handlers import SERVICE, Admission, Handlers
 from kvstore_server.rpc.service import KVStoreServicer, server_info
+from kvstore_server.rpc.tls import open_ports
 from kvstore_server.scheduling.engine import Engine
 from kvstore_server.sessions.attention import Device
 from kvstore_server.sessions.service import SessionService
@@ -40,7 +46,7 @@ class Server:
         self.settings = settings
         self.admission = Admission(settings.limits)
         self.telemetry = Telemetry()
-        self.port = 0
+        self.port = self.mtls_port = 0
         self.failed = asyncio.Event()
         """Set when the device is lost: nothing can be answered any more."""
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
@@ -51,6 +57,10 @@ class Server:
         self._loop = asyncio.get_running_loop()
         store = open_store(settings.storage)
         await asyncio.to_thread(store.probe)
+        self._audit = AuditLog(settings.log.audit_file, redactor(settings))
+        self._keys = KeyRing(KeyStore(store)) if settings.identity.api_keys else None
+        if self._keys is not None:
+            await self._keys.start()
         device = await asyncio.to_thread(open_device, settings.device)
         backend = device.backend
         self._engine = Engine(ENGINE_WAITING_MAX, backend.is_fatal, self._device_lost)
@@ -62,13 +72,14 @@ class Server:
         )
         self._grpc = grpc.aio.server(options=_options(settings))
         servicer = KVStoreServicer(self.sessions, self.admission, info)
-        handlers = Handlers(servicer, self.admission, self.telemetry, settings.limits)
+        authenticator = Authenticator(settings.identity, self._keys)
+        handlers = Handlers(servicer, authenticator, self.admission, self.telemetry, self._audit, settings.limits)
         self._grpc.add_generic_rpc_handlers((handlers.generic(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         if settings.listen.reflection:
             names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._grpc)
-        self.port = self._grpc.add_insecure_port(str(settings.listen.address))
+        self.port, self.mtls_port = open_ports(self._grpc, settings)
         await self._grpc.start()
         self._metrics = (
             self.telemetry.serve(settings.listen.metrics_address) if settings.listen.metrics_address else None
@@ -94,6 +105,9 @@ class Server:
             finished = False
         await self._grpc.stop(grace=0 if not finished else 1)
         await self.sessions.close()
+        if self._keys is not None:
+            await self._keys.close()
+        self._audit.close()
         await asyncio.to_thread(self._engine.close, 5.0)
         if self._metrics is not None:
             self._metrics[0].shutdown()
@@ -120,8 +134,12 @@ class Server:
                 gauge(f"kvstore_device_{name}", f"{text} since the start", lambda name=name: memory.counts[name])
         gauge("kvstore_index_lag", "Changes that the index has not seen", lambda: self.sessions.index_lag)
         gauge("kvstore_expiry_stopped", "Whether too many are due at once", lambda: self.sessions.expiry.stopped)
+<<<<<<< HEAD
         merging = self.sessions.merging
         gauge("kvstore_merged_objects", "Objects made of small ones since the start", lambda: merging.merged)
+=======
+        gauge("kvstore_audit_lost", "Lines of the audit log that could not be written", lambda: self._audit.lost)
+>>>>>>> identity
         gauge("kvstore_calls_in_flight", "Calls being answered", lambda: self.admission.in_flight)
 
     async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
@@ -151,6 +169,12 @@ def open_index(settings: IndexSettings) -> Index:
     if settings.url == "memory":
         return MemoryIndex()
     return RedisIndex(settings.url, password=settings.read_password(), timeout_seconds=settings.timeout_seconds)
+
+
+def redactor(settings: Settings) -> Redactor:
+    """For everything that is written about what this process does."""
+    password = settings.index.read_password()
+    return Redactor([*secrets_in(), *([password] if password else [])])
 
 
 def _options(settings: Settings) -> list[tuple[str, int]]:

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+<<<<<<< HEAD
 from kvstore_server.cli_arguments import (
     TARGET,
     CountOption,
@@ -22,12 +23,34 @@ from kvstore_server.cli_arguments import (
     explained,
 )
 from kvstore_server.cli_training import search, train
+=======
+from kvstore_server.key_commands import keys
+from kvstore_server.session_commands import TARGET, TargetOption, sessions
+>>>>>>> identity
 
 if TYPE_CHECKING:
     from kvstore_kernels.measurement import Measurement
 
+<<<<<<< HEAD
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A remote compressed-KV store that can be queried.")
 sessions = typer.Typer(no_args_is_help=True, help="Sessions of a running server.")
+=======
+CaOption = Annotated[Path | None, typer.Option(help="Who signs for it, if it has TLS", envvar="KVSTORE_TLS_CA_FILE")]
+ServerNameOption = Annotated[str | None, typer.Option(help="In its certificate", envvar="KVSTORE_TLS_SERVER_NAME")]
+ModelOption = Annotated[str, typer.Option(help="smollm2 (the demo's), or a transformers model's folder")]
+TextOption = Annotated[Path, typer.Option(help="A text file", exists=True, dir_okay=False)]
+LengthOption = Annotated[int, typer.Option(min=64, help="Tokens of one sequence")]
+CountOption = Annotated[int, typer.Option(min=1, help="Sequences")]
+SkipOption = Annotated[int, typer.Option(min=0, help="Tokens of the text before the first sequence")]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,  # they may hold a key
+    help="A remote compressed-KV store that can be queried.",
+)
+app.add_typer(keys, name="keys")
+>>>>>>> identity
 app.add_typer(sessions, name="sessions")
 projections = typer.Typer(no_args_is_help=True, help="Fitted bases for one model (extra `train`).")
 projections.command()(train)
@@ -69,6 +92,7 @@ def serve(
     """Run a server until SIGTERM, then drain."""
     import uvloop  # answers more calls a second than asyncio's own loop
 
+    from kvstore_server.app import redactor
     from kvstore_server.app import serve as run
     from kvstore_server.config import ConfigError, load
     from kvstore_server.log import configure
@@ -84,10 +108,10 @@ def serve(
         overrides["listen"]["metrics_address"] = None
     try:
         settings = load(config, {name: section for name, section in overrides.items() if section})
+        configure(settings.log, redactor(settings))
     except ConfigError as error:
         Console(stderr=True).print(str(error), style="red", highlight=False)
         raise typer.Exit(2) from None
-    configure(settings.log)
     try:
         code = uvloop.run(run(settings))
     except Exception as error:
@@ -97,11 +121,18 @@ def serve(
 
 
 @app.command()
-def health(target: TargetOption = TARGET, timeout_seconds: float = 5.0) -> None:
+def health(
+    target: TargetOption = TARGET,
+    timeout_seconds: float = 5.0,
+    ca_file: Annotated[
+        Path | None, typer.Option(help="Who signed it, if it has TLS", envvar="KVSTORE_TLS_CA_FILE")
+    ] = None,
+    server_name: Annotated[str | None, typer.Option(help="It is called", envvar="KVSTORE_TLS_SERVER_NAME")] = None,
+) -> None:
     """Exit 0 if a server is SERVING: for probes."""
     from kvstore_server.rpc.probe import is_serving
 
-    if not is_serving(target, timeout_seconds):
+    if not is_serving(target, timeout_seconds, ca_file and ca_file.read_bytes(), server_name):
         raise typer.Exit(1)
 
 
@@ -338,36 +369,6 @@ def show_projection(file: Annotated[Path, typer.Argument(exists=True, dir_okay=F
 
     with explained():
         show(file)
-
-
-@sessions.command("list")
-def list_sessions(prefix: str = "", target: TargetOption = TARGET) -> None:
-    """Every session: tokens, bytes, ratio, codec."""
-    from kvstore_client import KVStoreClient
-    from kvstore_server.report import print_sessions
-
-    with KVStoreClient(target) as client:
-        print_sessions(client.list_sessions(prefix))
-
-
-@sessions.command()
-def show(name: str, target: TargetOption = TARGET) -> None:
-    """One session, all there is to know."""
-    from kvstore_client import KVStoreClient
-    from kvstore_server.report import print_session
-
-    with KVStoreClient(target) as client:
-        print_session(client.open_session(name).info())
-
-
-@sessions.command()
-def delete(name: str, target: TargetOption = TARGET) -> None:
-    """Delete a session; forks keep what they share."""
-    from kvstore_client import KVStoreClient
-
-    with KVStoreClient(target) as client:
-        deleted = client.delete_session(name)
-    print("deleted" if deleted else "there was no such session")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
@@ -29,7 +28,9 @@ from pydantic_settings import (
 )
 
 from kvstore_codecs.spec import DEFAULT, CodecSpec
+from kvstore_server.access import Identity, Tls
 from kvstore_server.limits import Limits
+from kvstore_server.section import Section
 
 ENV_PREFIX = "KVSTORE__"
 BUCKETS = ("s3", "gs", "az")
@@ -39,10 +40,6 @@ Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
 class ConfigError(Exception):
     """The settings cannot be used; the text names each key and why."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)
@@ -85,19 +82,14 @@ class Listen(Section):
 
     address: AddressText = Address("127.0.0.1", 7700)
     """gRPC: the store, health and reflection."""
+    mtls_address: AddressText | None = None
+    """gRPC for callers that show a certificate of tls.client_ca_file."""
     metrics_address: AddressText | None = Address("127.0.0.1", 7701)
     """HTTP /metrics; null switches it off."""
     reflection: bool = False
     """Describe the API to anyone who asks (grpc.reflection.v1alpha)."""
     insecure: bool = False
-    """Allow addresses that other machines reach, although there is no authentication."""
-
-    @model_validator(mode="after")
-    def _guarded(self) -> "Listen":
-        for name, address in (("address", self.address), ("metrics_address", self.metrics_address)):
-            if address is not None and not self.insecure and not address.is_loopback:
-                raise ValueError(f"{name} {address} can be reached from other machines; set insecure to allow that")
-        return self
+    """Allow an `address` that other machines reach without identity or TLS, and such a `metrics_address`."""
 
 
 class Storage(Section):
@@ -237,6 +229,8 @@ class Log(Section):
     """The least severe lines that are written."""
     format: Literal["text", "json"] = "text"
     """`json` writes one object a line."""
+    audit_file: Path | None = None
+    """Who created, changed, forked or deleted what or was refused, one JSON object a line; null: not noted."""
 
 
 class Settings(BaseSettings):
@@ -252,6 +246,8 @@ class Settings(BaseSettings):
     )
 
     listen: Listen = Listen()
+    identity: Identity = Identity()
+    tls: Tls = Tls()
     storage: Storage = Storage()
     index: Index = Index()
     device: Device = Device()
@@ -272,6 +268,24 @@ class Settings(BaseSettings):
     gc_grace_seconds: Seconds = 3_600.0
     """For how long the data of an expired session can still be read by those who know its generation, and those of a
     deleted one lie in the store."""
+
+    @model_validator(mode="after")
+    def _guarded(self) -> "Settings":
+        listen, encrypted = self.listen, self.tls.certificate_file is not None
+        guarded = self.identity.is_asked and encrypted
+        for name, address in (("address", listen.address), ("metrics_address", listen.metrics_address)):
+            if address is not None and not (address.is_loopback or listen.insecure or (guarded and name == "address")):
+                need = "needs identity and tls" if name == "address" else "is open to anyone"
+                raise ValueError(
+                    f"listen.{name} {address} can be reached from other machines and {need}; set insecure to allow that"
+                )
+        if (listen.mtls_address is None) != (self.tls.client_ca_file is None):
+            raise ValueError("listen.mtls_address and tls.client_ca_file are only used together")
+        if listen.mtls_address is not None and not guarded:
+            raise ValueError("listen.mtls_address: needs identity and tls.certificate_file")
+        if self.identity.certificates and listen.mtls_address is None:
+            raise ValueError("identity.certificates: needs listen.mtls_address")
+        return self
 
     @classmethod
     def settings_customise_sources(
@@ -306,8 +320,12 @@ def load(file: Path | None = None, overrides: Tree | None = None) -> Settings:
 def _read(file: Path) -> Tree:
     try:
         document = yaml.safe_load(file.read_bytes())
-    except (OSError, yaml.YAMLError) as error:
+    except OSError as error:
         raise ConfigError(f"{file}: {error}") from error
+    except yaml.YAMLError as error:  # whose own text shows lines of the file, which may hold a password
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{file}: {getattr(error, 'problem', None) or 'is no YAML'}{line}") from None
     if document is None:
         return {}
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in cast(dict[object, Any], document)):
@@ -334,4 +352,4 @@ def _is_known(env_name: str) -> bool:
 
 def _line(error: ErrorDetails) -> str:
     why = "unknown key" if error["type"] == "extra_forbidden" else error["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(map(str, error['loc']))}: {why}"
+    return f"{'.'.join(map(str, error['loc']))}: {why}".removeprefix(": ")

@@ -2,7 +2,9 @@
 
     KVStoreError                code                  the same call again?
     |- InvalidArgument          INVALID_ARGUMENT      no: names the field and the limit
-    |- NotFound                 NOT_FOUND             after reading
+    |- Unauthenticated          UNAUTHENTICATED       no: there is no valid key or certificate
+    |- PermissionDenied         PERMISSION_DENIED     no: the role does not allow the call, whatever it is about
+    |- NotFound                 NOT_FOUND             after reading, also for what another tenant has
     |- AlreadyExists            ALREADY_EXISTS        no: other bytes (or another spec) are there
     |- OutOfRange               OUT_OF_RANGE          after reading the length it names
     |- FailedPrecondition       FAILED_PRECONDITION   after reading: codec, shape, fit or format differs
@@ -37,6 +39,14 @@ class InvalidArgument(KVStoreError):
 
     def __init__(self, field: str, text: str, **facts: object) -> None:
         super().__init__("INVALID_ARGUMENT", f"{field}: {text}", field=field, **facts)
+
+
+class Unauthenticated(KVStoreError):
+    code = "UNAUTHENTICATED"
+
+
+class PermissionDenied(KVStoreError):
+    code = "PERMISSION_DENIED"
 
 
 class NotFound(KVStoreError):

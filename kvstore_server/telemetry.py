@@ -10,6 +10,7 @@ from time import perf_counter
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from kvstore_server.config import Address
+from kvstore_server.redaction import pseudonym
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
@@ -17,6 +18,8 @@ SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2
 @dataclass
 class Outcome:
     code: str = "OK"
+    tenant: str | None = None
+    """None while nobody knows whose call it is."""
 
 
 class Telemetry:
@@ -26,6 +29,9 @@ class Telemetry:
         self.registry = CollectorRegistry()
         self.handled = Counter(
             "grpc_server_handled", "Calls by method and code", ["grpc_method", "grpc_code"], registry=self.registry
+        )
+        self.tenants = Counter(
+            "kvstore_tenant_calls", "Calls by tenant (hashed) and code", ["tenant", "grpc_code"], registry=self.registry
         )
         self.seconds = Histogram(
             "grpc_server_handling_seconds",
@@ -43,6 +49,8 @@ class Telemetry:
             yield outcome
         finally:
             self.handled.labels(method, outcome.code).inc()
+            if outcome.tenant is not None:
+                self.tenants.labels(pseudonym(outcome.tenant), outcome.code).inc()
             self.seconds.labels(method).observe(perf_counter() - began)
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:

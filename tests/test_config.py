@@ -160,7 +160,7 @@ def test_every_setting_explains_itself() -> None:
         for name, field in model.model_fields.items()
         if not field.description and field.annotation not in models
     ]
-    assert len(models) == 9
+    assert len(models) == 11
     assert silent == []
 
 
@@ -178,3 +178,50 @@ def test_a_session_may_be_called(name: str) -> None:
 @pytest.mark.parametrize("name", ["", ".", "..", "_a", "-a", "a/b", "a\0", "a\n", "é", "a b", "x" * 129, "\u0661"])
 def test_a_session_may_not_be_called(name: str) -> None:
     assert not SESSION_NAME.fullmatch(name)
+
+
+PAIR = "certificate_file: a.crt, key_file: a.key"
+GUARDED = f"identity: {{api_keys: true}}\ntls: {{{PAIR}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (
+            "listen: {address: '0.0.0.0:1'}",
+            "listen.address 0.0.0.0:1 can be reached from other machines and needs identity",
+        ),
+        ("identity: {api_keys: true}\nlisten: {address: '0.0.0.0:1'}", "listen.address 0.0.0.0:1 can be reached"),
+        (f"tls: {{{PAIR}}}\nlisten: {{address: '0.0.0.0:1'}}", "listen.address 0.0.0.0:1 can be reached"),
+        (GUARDED + "listen: {metrics_address: '0.0.0.0:1'}", "listen.metrics_address 0.0.0.0:1 can be reached"),
+        ("tls: {key_file: a}", "tls: certificate_file and key_file are only used together"),
+        (GUARDED + "listen: {mtls_address: '127.0.0.1:1'}", "listen.mtls_address and tls.client_ca_file are only used"),
+        (
+            f"listen: {{mtls_address: '127.0.0.1:1'}}\ntls: {{{PAIR}, client_ca_file: ca}}",
+            "listen.mtls_address: needs identity and tls.certificate_file",
+        ),
+        (
+            "identity: {certificates: {a: {tenant: a, role: reader}}}",
+            "identity.certificates: needs listen.mtls_address",
+        ),
+        ("identity: {certificates: {a: {tenant: a/b, role: reader}}}", "identity.certificates.a.tenant: "),
+        ("identity: {certificates: {a: {tenant: a, role: root}}}", "identity.certificates.a.role: "),
+    ],
+)
+def test_a_server_that_is_not_guarded_does_not_start(file: Path, text: str, complaint: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        load(file)
+    assert str(raised.value).startswith(complaint)
+
+
+def test_a_guarded_server_may_be_reached_from_other_machines(file: Path) -> None:
+    file.write_text(GUARDED + "listen: {address: '0.0.0.0:1'}")
+    assert not load(file).listen.insecure
+
+
+def test_what_is_wrong_in_a_file_is_said_without_its_lines(file: Path) -> None:
+    file.write_text("index:\n  password: canary-password\n  url: [")
+    with pytest.raises(ConfigError, match="in line") as raised:
+        load(file)
+    assert "canary" not in str(raised.value)

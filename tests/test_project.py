@@ -49,6 +49,7 @@ def test_imports_lead_downwards_and_libraries_stay_behind_their_seams() -> None:
         ("kvstore_server.storage.log", "from kvstore_server import metadata"),
         ("kvstore_server.memory.pages", "def f():\n    from kvstore_server.scheduling.engine import Engine"),
         ("kvstore_server.rpc.service", "from kvstore_server import app"),
+        ("kvstore_server.identity.key_ring", "from kvstore_server.sessions.registry import Registry"),
         ("kvstore_codecs.spec", "from kvstore_server.limits import Limits"),
         ("kvstore_client.client", "from kvstore_server.errors import NotFound"),
         ("kvstore_kernels.topk", "from kvstore_codecs.spec import CodecSpec"),
@@ -100,7 +101,7 @@ def test_no_module_is_a_drawer_of_everything() -> None:
 
 
 def test_every_limit_and_setting_is_read_somewhere() -> None:
-    definitions = {"kvstore_server.limits", "kvstore_server.config"}
+    definitions = {"kvstore_server.limits", "kvstore_server.config", "kvstore_server.access"}
     readers = "\n".join(source for name, source in own_modules().items() if name not in definitions)
     sections = [field.annotation for field in Settings.model_fields.values()]
     models = [Limits, *(m for m in sections if isinstance(m, type) and issubclass(m, Section))]

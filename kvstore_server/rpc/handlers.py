@@ -1,12 +1,15 @@
 """The service's method table, made from its descriptor: a server that lacks an RPC of the protocol does not start.
 
 Messages are parsed here rather than by gRPC, so that bytes that are no message answer INVALID_ARGUMENT and not UNKNOWN.
+To gRPC every method is one that takes a stream: of others it would read the message, however large, before anything
+here could refuse the caller.
 """
 
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from time import monotonic
 from typing import Any
 
 import grpc
@@ -14,13 +17,19 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from kvstore_proto.v1 import kvstore_pb2
+from kvstore_server.audit import AuditLog
 from kvstore_server.errors import DeadlineExceeded, InvalidArgument, KVStoreError, ResourceExhausted, Unavailable
 from kvstore_server.limits import Limits
+from kvstore_server.log import TENANT
 from kvstore_server.rpc.append_messages import parse_append
+from kvstore_server.rpc.authentication import NEEDED, Authenticator, Call, check_role, presented
 from kvstore_server.rpc.status import abort
-from kvstore_server.telemetry import Telemetry
+from kvstore_server.telemetry import Outcome, Telemetry
 
 BUSY_RETRY_SECONDS = 0.05
+AUDITED = {"CreateSession", "UpdateSession", "DeleteSession", "ForkSession", "PutProjection"}
+"""Besides every call that is refused for who makes it."""
+TARGET_CHARACTERS_MAX = 128
 SERVICE = kvstore_pb2.DESCRIPTOR.services_by_name["KVStoreService"]
 PARSERS: dict[str, Callable[[bytes], Any]] = {"Append": parse_append}
 """Of messages that protobuf would parse too slowly."""
@@ -78,16 +87,25 @@ class Admission:
 class Handlers:
     """Makes one handler a method; each admits, bounds, counts, and turns what is raised into its status."""
 
-    def __init__(self, servicer: object, admission: Admission, telemetry: Telemetry, limits: Limits) -> None:
-        self._servicer, self._admission, self._telemetry, self._limits = servicer, admission, telemetry, limits
+    def __init__(
+        self,
+        servicer: object,
+        authenticator: Authenticator,
+        admission: Admission,
+        telemetry: Telemetry,
+        audit: AuditLog,
+        limits: Limits,
+    ) -> None:
+        self._servicer, self._authenticator, self._admission = servicer, authenticator, admission
+        self._telemetry, self._audit, self._limits = telemetry, audit, limits
 
     def generic(self) -> grpc.GenericRpcHandler:
-        """Handlers for every method; AttributeError if the servicer lacks one."""
-        methods = {method.name: self._handler(method) for method in SERVICE.methods}
+        """Handlers for every method; AttributeError if the servicer lacks one, KeyError if NEEDED does."""
+        methods = {method.name: self._handler(method) for method in SERVICE.methods if NEEDED[method.name]}
         return grpc.method_handlers_generic_handler(SERVICE.full_name, methods)
 
     def _handler(self, method: Any) -> grpc.RpcMethodHandler:
-        call = getattr(self._servicer, method.name)
+        run = getattr(self._servicer, method.name)
         parser = PARSERS.get(method.name, GetMessageClass(method.input_type).FromString)
 
         def parse(data: bytes) -> Any:
@@ -96,16 +114,22 @@ class Handlers:
             except DecodeError:
                 return Malformed()
 
-        async def single(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            async with self._guarded(method.name, context):
-                return await call(_checked_input(request, method.client_streaming), context)
+        async def request_of(requests: AsyncIterator[Any], call: "CallInProgress") -> Any:
+            return call.checked(requests) if method.client_streaming else await call.only(requests)
 
-        async def stream(request: Any, context: grpc.aio.ServicerContext) -> None:
-            async with self._guarded(method.name, context):
-                await self._write(context, call(_checked_input(request, method.client_streaming), context))
+        async def single(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
+            async with self._guarded(method.name, context) as call:
+                response = await run(await request_of(requests, call), call.facts)
+                call.target = call.target or getattr(response, "sha256", "")
+                return response
 
-        kind = f"{'stream' if method.client_streaming else 'unary'}_{'stream' if method.server_streaming else 'unary'}"
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        async def stream(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
+            async with self._guarded(method.name, context) as call:
+                await self._write(context, call, run(await request_of(requests, call), call.facts))
+
+        make = (
+            grpc.stream_stream_rpc_method_handler if method.server_streaming else grpc.stream_unary_rpc_method_handler
+        )
         return make(
             stream if method.server_streaming else single,
             request_deserializer=parse,
@@ -113,13 +137,20 @@ class Handlers:
         )
 
     @asynccontextmanager
-    async def _guarded(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    async def _guarded(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator["CallInProgress"]:
+        call: CallInProgress | None = None
         with self._telemetry.call(method) as outcome:
             try:
+                seconds = deadline_seconds(context, self._limits)
+                caller = self._authenticator.caller_of(context)
+                outcome.tenant = caller.tenant
+                TENANT.set(caller.tenant)
+                call = CallInProgress(self._authenticator, Call(caller, monotonic() + seconds))
+                check_role(caller, method)
                 with self._admission.call(method):
                     # An Attend stream lives on; its steps have deadlines of their own.
-                    async with asyncio.timeout(None if method == "Attend" else self._seconds(context)):
-                        yield
+                    async with asyncio.timeout(None if method == "Attend" else seconds):
+                        yield call
             except (asyncio.CancelledError, grpc.aio.AbortError):
                 outcome.code = "CANCELLED"
                 raise
@@ -129,14 +160,28 @@ class Handlers:
             except Exception as error:
                 outcome.code = error.code if isinstance(error, KVStoreError) else "INTERNAL"
                 await abort(context, error)
+            finally:
+                if method in AUDITED or outcome.code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+                    self._note(method, context, call, outcome)
 
-    async def _write(self, context: grpc.aio.ServicerContext, responses: AsyncIterator[Message]) -> None:
+    def _note(
+        self, method: str, context: grpc.aio.ServicerContext, call: "CallInProgress | None", outcome: Outcome
+    ) -> None:
+        who = presented(context) if call is None else call.facts.caller.name
+        target = "" if call is None else call.target
+        peer = context.peer() or ""
+        self._audit.record(who=who, tenant=outcome.tenant, what=method, target=target, result=outcome.code, peer=peer)
+
+    async def _write(
+        self, context: grpc.aio.ServicerContext, call: "CallInProgress", responses: AsyncIterator[Message]
+    ) -> None:
         """A client that does not read must not hold its place for ever."""
         seconds, now = self._limits.write_seconds_max, asyncio.get_running_loop().time
         limit = asyncio.timeout(None)
         try:
             async with limit:
                 async for response in responses:
+                    call.check()
                     limit.reschedule(now() + seconds)
                     await context.write(response)
                     limit.reschedule(None)
@@ -146,8 +191,29 @@ class Handlers:
             text = f"a message waited {seconds} s for the client to read"
             raise DeadlineExceeded("SLOW_READER", text, limit=seconds) from None
 
-    def _seconds(self, context: grpc.aio.ServicerContext) -> float:
-        return deadline_seconds(context, self._limits)
+
+class CallInProgress:
+    """A call of a known caller, who must stay known: each message of a stream is let through only then."""
+
+    def __init__(self, authenticator: Authenticator, facts: Call) -> None:
+        self._authenticator, self.facts = authenticator, facts
+        self.target = ""
+        """What the call is about, for the audit log."""
+
+    def check(self) -> None:
+        self._authenticator.check(self.facts.caller)
+
+    async def only(self, requests: AsyncIterator[Any]) -> Any:
+        """The one message of a method that takes no stream."""
+        async for request in requests:
+            self.target = _target(_well_formed(request))
+            return request
+        raise InvalidArgument("message", "there is none")
+
+    async def checked(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for request in requests:
+            self.check()
+            yield _well_formed(request)
 
 
 def deadline_seconds(context: grpc.aio.ServicerContext, limits: Limits) -> float:
@@ -156,13 +222,10 @@ def deadline_seconds(context: grpc.aio.ServicerContext, limits: Limits) -> float
     return min(limits.deadline_default_seconds if remaining is None else remaining, limits.deadline_seconds_max)
 
 
-def _checked_input(request: Any, streaming: bool) -> Any:
-    return _checked_stream(request) if streaming else _well_formed(request)
-
-
-async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield _well_formed(request)
+def _target(request: Any) -> str:
+    """The session that a request names; of a fork source and name."""
+    names = [getattr(request, field, "") for field in ("source", "name")]
+    return " -> ".join(name[:TARGET_CHARACTERS_MAX] for name in names if name)
 
 
 def _well_formed(request: Any) -> Any:

@@ -2,9 +2,6 @@
 
 import json
 from collections.abc import AsyncIterator
-from time import monotonic
-
-import grpc
 
 from kvstore_codecs.spec import Affine, Matryoshka, Projected, Qjl, Raw, Rotated
 from kvstore_proto.v1 import kvstore_pb2 as pb
@@ -12,31 +9,29 @@ from kvstore_server.errors import InvalidArgument
 from kvstore_server.rpc import convert
 from kvstore_server.rpc.append_messages import CutFrame
 from kvstore_server.rpc.attend_stream import AttendStream
+from kvstore_server.rpc.authentication import Call
 from kvstore_server.rpc.fetch_stream import fetch_responses
-from kvstore_server.rpc.handlers import Admission, deadline_seconds
+from kvstore_server.rpc.handlers import Admission
 from kvstore_server.sessions.model import Query
 from kvstore_server.sessions.service import SessionService
 from kvstore_server.storage.segment_header import VERSION
 
-TENANT = "default"
 CODECS = tuple(codec.model_fields["name"].default for codec in (Raw, Qjl, Rotated, Affine, Matryoshka, Projected))
 
 
 class KVStoreServicer:
-    """The service of kvstore.proto for one tenant."""
+    """The service of kvstore.proto: each call sees the sessions of its caller's tenant."""
 
     def __init__(self, sessions: SessionService, admission: Admission, info: pb.GetServerInfoResponse) -> None:
         self._sessions, self._admission, self._info = sessions, admission, info
         self._limits = sessions.limits
 
-    async def CreateSession(
-        self, request: pb.CreateSessionRequest, _: grpc.aio.ServicerContext
-    ) -> pb.CreateSessionResponse:
+    async def CreateSession(self, request: pb.CreateSessionRequest, call: Call) -> pb.CreateSessionResponse:
         if request.HasField("codec_json") and len(request.codec_json) > self._limits.codec_json_bytes_max:
             limit = self._limits.codec_json_bytes_max
             raise InvalidArgument("codec_json", f"is longer than {limit} bytes", limit=limit)
         info, present = await self._sessions.lifecycle.create(
-            TENANT,
+            call.tenant,
             request.name,
             convert.shape_from(request.shape),
             convert.spec_from(request.codec_json) if request.HasField("codec_json") else None,
@@ -45,26 +40,22 @@ class KVStoreServicer:
         )
         return pb.CreateSessionResponse(session=convert.session_to(info), already_present=present)
 
-    async def GetSession(self, request: pb.GetSessionRequest, _: grpc.aio.ServicerContext) -> pb.GetSessionResponse:
-        info = await self._sessions.lifecycle.get(TENANT, request.name)
+    async def GetSession(self, request: pb.GetSessionRequest, call: Call) -> pb.GetSessionResponse:
+        info = await self._sessions.lifecycle.get(call.tenant, request.name)
         return pb.GetSessionResponse(session=convert.session_to(info))
 
-    async def ListSessions(
-        self, request: pb.ListSessionsRequest, _: grpc.aio.ServicerContext
-    ) -> pb.ListSessionsResponse:
+    async def ListSessions(self, request: pb.ListSessionsRequest, call: Call) -> pb.ListSessionsResponse:
         infos, token = await self._sessions.lifecycle.page(
-            TENANT, request.prefix, request.page_size, request.page_token
+            call.tenant, request.prefix, request.page_size, request.page_token
         )
         return pb.ListSessionsResponse(sessions=map(convert.session_to, infos), next_page_token=token)
 
-    async def UpdateSession(
-        self, request: pb.UpdateSessionRequest, _: grpc.aio.ServicerContext
-    ) -> pb.UpdateSessionResponse:
+    async def UpdateSession(self, request: pb.UpdateSessionRequest, call: Call) -> pb.UpdateSessionResponse:
         ttl = request.ttl_seconds if request.HasField("ttl_seconds") else None
         if request.clear_ttl and ttl is not None:
             raise InvalidArgument("clear_ttl", "excludes ttl_seconds")
         info = await self._sessions.lifecycle.update(
-            TENANT,
+            call.tenant,
             request.name,
             request.generation,
             ttl,
@@ -73,15 +64,15 @@ class KVStoreServicer:
         )
         return pb.UpdateSessionResponse(session=convert.session_to(info))
 
-    async def DeleteSession(
-        self, request: pb.DeleteSessionRequest, _: grpc.aio.ServicerContext
-    ) -> pb.DeleteSessionResponse:
+    async def DeleteSession(self, request: pb.DeleteSessionRequest, call: Call) -> pb.DeleteSessionResponse:
         generation = request.generation if request.HasField("generation") else None
-        return pb.DeleteSessionResponse(deleted=await self._sessions.lifecycle.delete(TENANT, request.name, generation))
+        return pb.DeleteSessionResponse(
+            deleted=await self._sessions.lifecycle.delete(call.tenant, request.name, generation)
+        )
 
-    async def ForkSession(self, request: pb.ForkSessionRequest, _: grpc.aio.ServicerContext) -> pb.ForkSessionResponse:
+    async def ForkSession(self, request: pb.ForkSessionRequest, call: Call) -> pb.ForkSessionResponse:
         info, present = await self._sessions.lifecycle.fork(
-            TENANT,
+            call.tenant,
             request.source,
             request.source_generation if request.HasField("source_generation") else None,
             request.end if request.HasField("end") else None,
@@ -91,8 +82,8 @@ class KVStoreServicer:
         )
         return pb.ForkSessionResponse(session=convert.session_to(info), already_present=present)
 
-    async def MatchPrefix(self, request: pb.MatchPrefixRequest, _: grpc.aio.ServicerContext) -> pb.MatchPrefixResponse:
-        found = await self._sessions.prefixes.match(TENANT, request.model_fingerprint, request.block_hashes)
+    async def MatchPrefix(self, request: pb.MatchPrefixRequest, call: Call) -> pb.MatchPrefixResponse:
+        found = await self._sessions.prefixes.match(call.tenant, request.model_fingerprint, request.block_hashes)
         if found is None:
             return pb.MatchPrefixResponse()
         return pb.MatchPrefixResponse(
@@ -102,24 +93,22 @@ class KVStoreServicer:
             valid_until_unix_seconds=found.valid_until_unix_seconds,
         )
 
-    async def Prefetch(self, request: pb.PrefetchRequest, context: grpc.aio.ServicerContext) -> pb.PrefetchResponse:
+    async def Prefetch(self, request: pb.PrefetchRequest, call: Call) -> pb.PrefetchResponse:
         generation = request.generation if request.HasField("generation") else None
         loaded = await self._sessions.querying.prefetch(
-            TENANT, request.session, generation, request.end, self._deadline(context)
+            call.tenant, request.session, generation, request.end, call.deadline
         )
         return pb.PrefetchResponse(
             generation=loaded.generation, length=loaded.length, resident_bytes=loaded.resident_bytes
         )
 
-    async def Append(
-        self, requests: AsyncIterator[pb.AppendRequest | CutFrame], context: grpc.aio.ServicerContext
-    ) -> pb.AppendResponse:
+    async def Append(self, requests: AsyncIterator[pb.AppendRequest | CutFrame], call: Call) -> pb.AppendResponse:
         incoming = aiter(requests)
         first = await anext(incoming, None)
         if not isinstance(first, pb.AppendRequest) or first.WhichOneof("body") != "header":
             raise InvalidArgument("header", "the first message must be the header")
         header = convert.header_from(first.header)
-        async with self._sessions.appending.begin(TENANT, header, self._deadline(context)) as append:
+        async with self._sessions.appending.begin(call.tenant, header, call.deadline) as append:
             async for request in incoming:
                 await append.add(convert.frame_from(request))
             result = await append.commit()
@@ -131,11 +120,9 @@ class KVStoreServicer:
             stored_bytes=result.stored_bytes,
         )
 
-    async def Score(
-        self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.ScoreResponse]:
+    async def Score(self, request: pb.ScoreRequest, call: Call) -> AsyncIterator[pb.ScoreResponse]:
         query = self._query(request, request.token_end)
-        parts = self._sessions.querying.score(TENANT, query, request.token_start, self._deadline(context))
+        parts = self._sessions.querying.score(call.tenant, query, request.token_start, call.deadline)
         async for answer in parts:
             yield pb.ScoreResponse(
                 generation=answer.generation,
@@ -145,13 +132,13 @@ class KVStoreServicer:
                 fidelity=convert.fidelity_to(answer.fidelity),
             )
 
-    async def TopK(self, request: pb.TopKRequest, context: grpc.aio.ServicerContext) -> pb.TopKResponse:
+    async def TopK(self, request: pb.TopKRequest, call: Call) -> pb.TopKResponse:
         answer = await self._sessions.querying.top_k(
-            TENANT,
+            call.tenant,
             self._query(request, request.end),
             request.k,
             request.oversampling if request.rescore else None,
-            self._deadline(context),
+            call.deadline,
         )
         return pb.TopKResponse(
             generation=answer.generation,
@@ -161,22 +148,19 @@ class KVStoreServicer:
             fidelity=convert.fidelity_to(answer.fidelity),
         )
 
-    async def Attend(
-        self, requests: AsyncIterator[pb.AttendRequest], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.AttendResponse]:
-        stream = AttendStream(self._sessions.querying, self._limits, TENANT, self._admission.draining)
+    async def Attend(self, requests: AsyncIterator[pb.AttendRequest], call: Call) -> AsyncIterator[pb.AttendResponse]:
+        stream = AttendStream(self._sessions.querying, self._limits, call.tenant, self._admission.draining)
         async for response in stream.run(requests):
             yield response
 
-    async def Fetch(
-        self, request: pb.FetchRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.FetchResponse]:
-        deadline = self._deadline(context)
-        async for response in fetch_responses(self._sessions.querying, self._limits, TENANT, request, deadline):
+    async def Fetch(self, request: pb.FetchRequest, call: Call) -> AsyncIterator[pb.FetchResponse]:
+        async for response in fetch_responses(
+            self._sessions.querying, self._limits, call.tenant, request, call.deadline
+        ):
             yield response
 
     async def PutProjection(
-        self, requests: AsyncIterator[pb.PutProjectionRequest], _: grpc.aio.ServicerContext
+        self, requests: AsyncIterator[pb.PutProjectionRequest], call: Call
     ) -> pb.PutProjectionResponse:
         data, limit = bytearray(), self._limits.projection_bytes_max
         async for request in requests:
@@ -187,15 +171,13 @@ class KVStoreServicer:
         return pb.PutProjectionResponse(sha256=sha256, already_present=present)
 
     async def GetProjection(
-        self, request: pb.GetProjectionRequest, _: grpc.aio.ServicerContext
+        self, request: pb.GetProjectionRequest, call: Call
     ) -> AsyncIterator[pb.GetProjectionResponse]:
         data, step = await self._sessions.projecting.get(request.sha256), self._limits.frame_bytes_max
         for start in range(0, len(data), step):
             yield pb.GetProjectionResponse(data=bytes(data[start : start + step]))
 
-    async def ListProjections(
-        self, request: pb.ListProjectionsRequest, _: grpc.aio.ServicerContext
-    ) -> pb.ListProjectionsResponse:
+    async def ListProjections(self, request: pb.ListProjectionsRequest, call: Call) -> pb.ListProjectionsResponse:
         found, token = await self._sessions.projecting.page(request.page_size, request.page_token)
         projections = [
             pb.ListProjectionsResponse.Projection(
@@ -208,9 +190,7 @@ class KVStoreServicer:
         ]
         return pb.ListProjectionsResponse(projections=projections, next_page_token=token)
 
-    async def GetServerInfo(
-        self, request: pb.GetServerInfoRequest, _: grpc.aio.ServicerContext
-    ) -> pb.GetServerInfoResponse:
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, call: Call) -> pb.GetServerInfoResponse:
         return self._info
 
     def _query(self, request: pb.ScoreRequest | pb.TopKRequest, end: int) -> Query:
@@ -223,10 +203,6 @@ class KVStoreServicer:
             head_offset=request.head_offset,
             precision=convert.precision_from(request.precision),
         )
-
-    def _deadline(self, context: grpc.aio.ServicerContext) -> float:
-        """On time.monotonic()'s clock."""
-        return monotonic() + deadline_seconds(context, self._limits)
 
 
 def server_info(

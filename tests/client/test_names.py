@@ -11,8 +11,9 @@ PUBLIC = """
     Aborted AlreadyExists AppendBuffer AsyncKVStoreClient Attention Cancelled ChannelOptions CodecSpec DataLoss
     DeadlineExceeded FailedPrecondition Fidelity GrpcTransport Internal InvalidArgument KVStoreClient KVStoreError
     LayerOverride ModelShape NO_RETRY NotFound OutOfRange PermissionDenied Precision Prefix PrefixMatch ProjectionInfo
-    ResourceExhausted Retry Scores ServerInfo Session SessionInfo Sketches SyncPrefix SyncSession TokenChain TopK
-    Transport Unauthenticated Unavailable Unimplemented Unknown from_flashinfer merge to_flashinfer to_sglang to_vllm
+    ResourceExhausted Retry Scores ServerInfo Session SessionInfo Sketches SyncPrefix SyncSession Tls TokenChain
+    TopK Transport Unauthenticated Unavailable Unimplemented Unknown from_flashinfer merge to_flashinfer to_sglang
+    to_vllm
 """
 
 

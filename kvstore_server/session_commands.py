@@ -1,0 +1,40 @@
+"""`kvstore sessions`: what a running server has."""
+
+from typing import Annotated
+
+import typer
+
+TargetOption = Annotated[str, typer.Option(help="host:port of a server", envvar="KVSTORE_TARGET")]
+TARGET = "127.0.0.1:7700"
+
+sessions = typer.Typer(no_args_is_help=True, help="Sessions of a running server.")
+
+
+@sessions.command("list")
+def list_sessions(prefix: str = "", target: TargetOption = TARGET) -> None:
+    """Every session: tokens, bytes, ratio, codec."""
+    from kvstore_client import KVStoreClient
+    from kvstore_server.report import print_sessions
+
+    with KVStoreClient(target) as client:
+        print_sessions(client.list_sessions(prefix))
+
+
+@sessions.command()
+def show(name: str, target: TargetOption = TARGET) -> None:
+    """One session, all there is to know."""
+    from kvstore_client import KVStoreClient
+    from kvstore_server.report import print_session
+
+    with KVStoreClient(target) as client:
+        print_session(client.open_session(name).info())
+
+
+@sessions.command()
+def delete(name: str, target: TargetOption = TARGET) -> None:
+    """Delete a session; forks keep what they share."""
+    from kvstore_client import KVStoreClient
+
+    with KVStoreClient(target) as client:
+        deleted = client.delete_session(name)
+    print("deleted" if deleted else "there was no such session")
