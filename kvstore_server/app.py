@@ -134,12 +134,9 @@ class Server:
                 gauge(f"kvstore_device_{name}", f"{text} since the start", lambda name=name: memory.counts[name])
         gauge("kvstore_index_lag", "Changes that the index has not seen", lambda: self.sessions.index_lag)
         gauge("kvstore_expiry_stopped", "Whether too many are due at once", lambda: self.sessions.expiry.stopped)
-<<<<<<< HEAD
         merging = self.sessions.merging
         gauge("kvstore_merged_objects", "Objects made of small ones since the start", lambda: merging.merged)
-=======
         gauge("kvstore_audit_lost", "Lines of the audit log that could not be written", lambda: self._audit.lost)
->>>>>>> identity
         gauge("kvstore_calls_in_flight", "Calls being answered", lambda: self.admission.in_flight)
 
     async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
