@@ -22,7 +22,7 @@ from kvstore_server.cli_arguments import (
 )
 from kvstore_server.cli_training import search, train
 from kvstore_server.key_commands import keys
-from kvstore_server.session_commands import TARGET, TargetOption, sessions
+from kvstore_server.session_commands import sessions
 
 if TYPE_CHECKING:
     from kvstore_kernels.measurement import Measurement

@@ -1,11 +1,8 @@
 """`kvstore sessions`: what a running server has."""
 
-from typing import Annotated
-
 import typer
 
-TargetOption = Annotated[str, typer.Option(help="host:port of a server", envvar="KVSTORE_TARGET")]
-TARGET = "127.0.0.1:7700"
+from kvstore_server.cli_arguments import TARGET, TargetOption
 
 sessions = typer.Typer(no_args_is_help=True, help="Sessions of a running server.")
 

@@ -1,4 +1,4 @@
-"""API keys: `kvs_{id}_{secret}`, of which the store holds a record and no secret (docs/format.md, section 7)."""
+"""API keys: `kvs_{id}_{secret}`, of which the store holds a record and no secret (docs/format.md, section 8)."""
 
 import hmac
 import json
