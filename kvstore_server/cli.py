@@ -12,11 +12,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from kvstore_server.cli_arguments import (
+    TARGET,
     CountOption,
     DeviceOption,
     LengthOption,
     ModelOption,
     SkipOption,
+    TargetOption,
     TextOption,
     explained,
 )
