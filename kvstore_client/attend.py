@@ -42,6 +42,7 @@ class Step:
     head_offset: int
     precision: Precision
     debias: float | None
+    refine: int = 0
 
     def to_proto(self, request_id: int, handle: int, timeout: float) -> pb.AttendRequest:
         step = pb.AttendStep(
@@ -54,6 +55,7 @@ class Step:
             precision=self.precision.to_proto(),
             lse_base=pb.LSE_BASE_E,
             debias=self.debias,
+            refine=self.refine,
         )
         return pb.AttendRequest(step=step)
 

@@ -35,11 +35,12 @@ class Prefix:
         head_offset: int = 0,
         precision: Precision = FINEST,
         debias: float | None = None,
+        refine: int = 0,
         timeout: float = TIMEOUT_SECONDS,
     ) -> tuple[Tensor, Tensor]:
         """(out [T, heads, d] in q's dtype, natural-log lse [T, heads] float32) over the prefix; empty: (0, -inf)."""
         answer = await self.attention(
-            layer, q, head_offset=head_offset, precision=precision, debias=debias, timeout=timeout
+            layer, q, head_offset=head_offset, precision=precision, debias=debias, refine=refine, timeout=timeout
         )
         return answer.out, answer.lse
 
@@ -51,9 +52,13 @@ class Prefix:
         head_offset: int = 0,
         precision: Precision = FINEST,
         debias: float | None = None,
+        refine: int = 0,
         timeout: float = TIMEOUT_SECONDS,
     ) -> Attention:
-        """As `attend`, with what the answer was computed from. `debias` None is the codec's default."""
+        """As `attend`, with what the answer was computed from. `debias` None is the codec's default.
+
+        `refine` > 0: so many tokens of each row and head, the best at `precision`, are read at the finest level.
+        """
         step = Step(
             session=self.info.name,
             generation=self.info.generation,
@@ -63,6 +68,7 @@ class Prefix:
             head_offset=head_offset,
             precision=precision,
             debias=debias,
+            refine=refine,
         )
         result = await self.link.attend_stream(self.info.affinity).attend(step, timeout=timeout)
         if (result.lse_base, result.lse_layout) != (pb.LSE_BASE_E, pb.LSE_LAYOUT_TOKEN_MAJOR) or len(result.items) != 1:

@@ -87,11 +87,12 @@ class Session:
         head_offset: int = 0,
         precision: Precision = FINEST,
         debias: float | None = None,
+        refine: int = 0,
         timeout: float = TIMEOUT_SECONDS,
     ) -> tuple[Tensor, Tensor]:
         """Attention over [0, end): see Prefix.attend. Layers of one decode step share a `pin`."""
         return await self.pin(end).attend(
-            layer, q, head_offset=head_offset, precision=precision, debias=debias, timeout=timeout
+            layer, q, head_offset=head_offset, precision=precision, debias=debias, refine=refine, timeout=timeout
         )
 
     async def attention(
@@ -103,11 +104,12 @@ class Session:
         head_offset: int = 0,
         precision: Precision = FINEST,
         debias: float | None = None,
+        refine: int = 0,
         timeout: float = TIMEOUT_SECONDS,
     ) -> Attention:
         """As `attend`, with what the answer was computed from."""
         return await self.pin(end).attention(
-            layer, q, head_offset=head_offset, precision=precision, debias=debias, timeout=timeout
+            layer, q, head_offset=head_offset, precision=precision, debias=debias, refine=refine, timeout=timeout
         )
 
     async def score(

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from kvstore_server.cli_arguments import (
     TARGET,
     CountOption,
+    DeviceOption,
     LengthOption,
     ModelOption,
     SkipOption,
@@ -264,30 +265,55 @@ def _report(name: str, device: str, measurements: "list[Measurement]", json: Pat
 def bench_quality(
     text: TextOption,
     row: Annotated[list[str] | None, typer.Option(help="Such as keys:matryoshka:2, repeatable")] = None,
-    projection: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="For fitted codecs")] = None,
+    projection: Annotated[
+        list[str] | None, typer.Option(help="FILE, or NAME=FILE, for fitted codecs; repeatable")
+    ] = None,
     model: ModelOption = "smollm2",
     length: LengthOption = 1024,
     count: CountOption = 4,
     skip: SkipOption = 0,
     from_token: Annotated[int, typer.Option(min=0, help="Measure from this token of each sequence on")] = 0,
-    json: Annotated[Path | None, typer.Option(help="Write the table as JSON too")] = None,
+    direct: Annotated[bool, typer.Option("--direct", help="By the ops alone, without a server")] = False,
+    device: DeviceOption = "cpu",
+    needles: Annotated[int, typer.Option(min=0, help="Facts planted at every depth and length")] = 0,
+    needle_length: Annotated[list[int] | None, typer.Option(min=512, help="Tokens, repeatable")] = None,
+    needle_row: Annotated[list[str] | None, typer.Option(help="Rows asked for facts; as --row")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the planted facts")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write what was found as JSON too")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw KL by bits as PNG (extra `bench`)")] = None,
 ) -> None:
-    """What codecs cost a model: perplexity, KL and agreement of the next token, beside the exact model."""
+    """What codecs cost a model: perplexity, KL and agreement of the next token, facts found, beside the exact model."""
     with explained():
-        from kvstore_client.projections.commands import quality
+        from kvstore_client.projections.commands import Wanted, quality
         from kvstore_client.projections.rows import DEFAULT
 
-        quality(
-            model,
-            text,
-            row or DEFAULT,
-            projection=projection,
+        rows = row or DEFAULT
+        wanted = Wanted(
+            model=model,
+            text=text,
+            rows=rows,
+            projections=dict(map(_named_file, projection or ())),
             length=length,
             count=count,
             skip=skip,
             from_token=from_token,
-            json_file=json,
+            direct=direct,
+            device=device,
+            needles=needles,
+            needle_lengths=needle_length or (length,),
+            needle_rows=needle_row or rows,
+            seed=seed,
         )
+        quality(wanted, json, plot)
+
+
+def _named_file(text: str) -> tuple[str, Path]:
+    """NAME=FILE; a file without a name has its own."""
+    name, equals, file = text.rpartition("=")
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"{file} is no file")
+    return name if equals else path.stem, path
 
 
 @projections.command("fit")
@@ -300,6 +326,7 @@ def fit_projection(
     count: CountOption = 8,
     skip: SkipOption = 0,
     max_position: Annotated[int | None, typer.Option(help="Positions it is for, at most --length")] = None,
+    device: DeviceOption = "cpu",
 ) -> None:
     """Fit bases to a model's keys and values over a text, in closed form."""
     if metric not in ("output", "query", "none"):
@@ -307,7 +334,8 @@ def fit_projection(
     with explained():
         from kvstore_client.projections.commands import fit
 
-        fit(model, text, out, metric=metric, length=length, count=count, skip=skip, max_position=max_position)
+        at = {"length": length, "count": count, "skip": skip, "max_position": max_position}
+        fit(model, text, out, metric=metric, device=device, **at)
 
 
 @projections.command()

@@ -13,6 +13,7 @@ ModelOption = Annotated[str, typer.Option(help="smollm2 (the demo's), or a trans
 TextOption = Annotated[Path, typer.Option(help="A text file", exists=True, dir_okay=False)]
 LengthOption = Annotated[int, typer.Option(min=64, help="Tokens of one sequence")]
 CountOption = Annotated[int, typer.Option(min=1, help="Sequences")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, or cuda:0: torch's device")]
 SkipOption = Annotated[int, typer.Option(min=0, help="Tokens of the text before the first sequence")]
 
 

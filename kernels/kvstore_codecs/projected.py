@@ -29,7 +29,7 @@ class ProjectedRows:
     def padded(self) -> DenseRows:
         """[N, H, D]: the coordinates of each head, then zeros."""
         heads, d = self.plan.mean.shape
-        out = torch.zeros(len(self.coordinates), heads, d, dtype=torch.float16)
+        out = torch.zeros(len(self.coordinates), heads, d, dtype=torch.float16, device=self.coordinates.device)
         for head, part in enumerate(self.coordinates.split([len(rows) for rows in self.plan.inverse], dim=1)):
             out[:, head, : part.shape[1]] = part
         return DenseRows(out)

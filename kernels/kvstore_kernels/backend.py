@@ -11,6 +11,7 @@ from torch import Tensor
 from kvstore_kernels import reference
 from kvstore_kernels.merge import merge_states
 from kvstore_kernels.paging import Paging
+from kvstore_kernels.refined import Ops, attend_refined, score_at
 from kvstore_kernels.types import Encoder, Rows, Signs
 from kvstore_kernels.variance import ScoreNoise
 
@@ -41,6 +42,12 @@ class Backend(Protocol):
 
     def score(self, q: Tensor, keys: Stored, *, sm_scale: float, logit_soft_cap: float = 0.0) -> Tensor:
         """Logits float32 [T, Hq, N] of q [T, Hq, D], with the soft cap applied."""
+        ...
+
+    def score_at(
+        self, q: Tensor, keys: Stored, positions: Tensor, *, sm_scale: float, logit_soft_cap: float = 0.0
+    ) -> Tensor:
+        """Those of the logits of `score` that are at positions int64 [T, Hq, C]; a CPU reads no other rows."""
         ...
 
     def attend(
@@ -77,6 +84,23 @@ class Backend(Protocol):
         """
         ...
 
+    def attend_refined(
+        self,
+        q: Tensor,
+        coarse: tuple[Stored, Stored],
+        fine: tuple[Stored, Stored],
+        best: int,
+        *,
+        sm_scale: float,
+        logit_soft_cap: float,
+        debias: float,
+    ) -> State:
+        """As `attend` over `coarse`, but the `best` tokens of each query row and head by coarse logits from `fine`.
+
+        Keys and values are of the same sketches at two levels. A CUDA device reads all of `fine`.
+        """
+        ...
+
     def decode(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Tensor:
         """x^ [N, H, D]."""
         ...
@@ -108,6 +132,26 @@ class ReferenceBackend:
     topk = staticmethod(reference.topk)
     attend = staticmethod(reference.attend)
     _decode = staticmethod(reference.decode)
+    _ops = Ops(reference.logits, reference.topk, reference.weigh)
+
+    def score_at(
+        self, q: Tensor, keys: Rows, positions: Tensor, *, sm_scale: float, logit_soft_cap: float = 0.0
+    ) -> Tensor:
+        return score_at(self._ops, q, keys, positions, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap)
+
+    def attend_refined(
+        self,
+        q: Tensor,
+        coarse: tuple[Rows, Rows],
+        fine: tuple[Rows, Rows],
+        best: int,
+        *,
+        sm_scale: float,
+        logit_soft_cap: float,
+        debias: float,
+    ) -> State:
+        how = {"sm_scale": sm_scale, "logit_soft_cap": logit_soft_cap, "debias": debias}
+        return attend_refined(self._ops, q, coarse, fine, best, **how)
 
     def attend_all(
         self,

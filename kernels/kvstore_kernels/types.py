@@ -5,7 +5,7 @@ groups. Stored tensors are token-major. Words are little-endian uint32 bit patte
 uint32 arithmetic: bit j of word w of a head is row 32 w + j, 1 for t = +1 and 0 for t = -1 (so sign(0) is -1).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -110,6 +110,22 @@ class Expansion:
 
     def read_words(self, head: int) -> int:
         return self.matrix[head].shape[0] // WORD_ROWS
+
+    @cached_property
+    def by_head(self) -> "tuple[Expansion, ...]":
+        """One expansion for each head alone."""
+        return tuple(
+            replace(
+                self,
+                layout=replace(self.layout, word_groups=(groups,)),
+                matrix=(matrix,),
+                noise=(noise,),
+                mean=mean.unsqueeze(0),
+            )
+            for groups, matrix, noise, mean in zip(
+                self.layout.word_groups, self.matrix, self.noise, self.mean, strict=True
+            )
+        )
 
     @cached_property
     def noise_form(self) -> Tensor:

@@ -1,26 +1,26 @@
 """`kvstore projections fit` and `kvstore bench quality`."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from kvstore_client.demo.messages import Unusable
 from kvstore_client.demo.model import load
 from kvstore_client.integrations.model_shape import shape_of
+from kvstore_client.projections.coarse_to_fine import coarse_to_fine
 from kvstore_client.projections.fit import gather, projection_of
-from kvstore_client.projections.quality import Quality, measure
+from kvstore_client.projections.needles import needles, recall
+from kvstore_client.projections.quality import measure
+from kvstore_client.projections.quality_report import Report, write_pareto
 from kvstore_client.projections.rows import CodecRow
 from kvstore_client.projections.show import show
 from kvstore_client.projections.texts import sequences
-from kvstore_codecs.artifact import Metric, Projection, read_projection
-from kvstore_codecs.describe import Bits
+from kvstore_codecs.artifact import Metric, read_projection
 from kvstore_kernels.backend import cpu_backend
 
 if TYPE_CHECKING:
@@ -30,11 +30,20 @@ DEMO_MODEL = "smollm2"
 
 
 def fit(
-    model: str, text: Path, out: Path, *, metric: Metric, length: int, count: int, skip: int, max_position: int | None
+    model: str,
+    text: Path,
+    out: Path,
+    *,
+    metric: Metric,
+    length: int,
+    count: int,
+    skip: int,
+    max_position: int | None,
+    device: str = "cpu",
 ) -> None:
     """Writes a projection fitted on `count` sequences of `length` tokens of `text`; ValueError as projection_of."""
     console = Console(stderr=True)
-    network, tokenizer = _loaded(model, console)
+    network, tokenizer = _loaded(model, device, console)
     texts = sequences(text, tokenizer, length, count, skip)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading", total=count)
@@ -44,66 +53,103 @@ def fit(
     show(out)
 
 
-def quality(
-    model: str,
-    text: Path,
-    rows: Sequence[str],
-    *,
-    projection: Path | None,
-    length: int,
-    count: int,
-    skip: int,
-    from_token: int,
-    json_file: Path | None,
-) -> None:
-    """Prints the table of these rows; ValueError for a row that is none."""
+@dataclass(frozen=True)
+class Wanted:
+    """What `kvstore bench quality` measures: `count` sequences of `length` tokens of `text` from `skip` on.
+
+    `direct`: by the ops alone, on `device`. `needles` facts are planted at every depth of texts of `needle_lengths`.
+    """
+
+    model: str
+    text: Path
+    rows: Sequence[str]
+    projections: Mapping[str, Path]
+    length: int
+    count: int
+    skip: int
+    from_token: int
+    direct: bool
+    device: str
+    needles: int
+    needle_lengths: Sequence[int]
+    needle_rows: Sequence[str]
+    seed: int
+
+
+def quality(wanted: Wanted, json_file: Path | None, plot: Path | None) -> None:
+    """Prints the tables of these rows; ValueError for a row that is none, or what cannot be measured so."""
+    if not wanted.direct and wanted.device != "cpu":
+        raise ValueError("a device is for the ops alone: with --direct")
     console = Console(stderr=True)
-    network, tokenizer = _loaded(model, console)
-    given = None if projection is None else read_projection(projection.read_bytes())
-    made = {row: CodecRow.parse(row, shape_of(network), given, cpu_backend()) for row in rows}
-    texts = sequences(text, tokenizer, length, count, skip)
+    network, tokenizer = _loaded(wanted.model, wanted.device, console)
+    files = {name: file.read_bytes() for name, file in wanted.projections.items()}
+    known = {name: read_projection(data) for name, data in files.items()}
+    named = list(dict.fromkeys([*wanted.rows, *wanted.needle_rows]))
+    shape, ops = shape_of(network), cpu_backend()
+    made = {row: CodecRow.parse(row, shape, known, ops) for row in named}
+    rows = {name: made[name] for name in wanted.rows}
+    asked = {name: made[name] for name in wanted.needle_rows}
+    texts = sequences(wanted.text, tokenizer, wanted.length, wanted.count, wanted.skip)
+    coarse = {name: row for name, row in rows.items() if row.level and row.kinds == "keys"}
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("measuring", total=count * len(made))
-        found = measure(
-            network, texts, made, from_token=from_token, done=lambda done: progress.update(task, completed=done)
-        )
-    bits = {name: row.bits() for name, row in made.items()}
-    Console().print(_table(found, bits), highlight=False)
-    print(f"{count} x {length} tokens of {text.name} from token {skip}, {_named(given)}")
+        task = progress.add_task("measuring", total=wanted.count * len(rows))
+
+        def done(count: int) -> None:
+            progress.update(task, completed=count)
+
+        if wanted.direct:
+            found = measure(network, texts, rows, from_token=wanted.from_token, done=done)
+        else:
+            from kvstore_client.projections.served import measure_served  # the ops alone need no gRPC
+
+            data = list(files.values())
+            found = measure_served(network, texts, rows, data, from_token=wanted.from_token, done=done)
+        hits: dict[str, dict[tuple[int, float], float]] = {}
+        if wanted.needles:
+            hay = sequences(wanted.text, tokenizer, max(wanted.needle_lengths) + 4096, 1, wanted.skip)[0]
+            planted = needles(hay, tokenizer, wanted.needle_lengths, wanted.needles, wanted.seed)
+            task = progress.add_task("asking", total=len(planted) * (1 + len(asked)))
+            hits = recall(network, planted, asked, done)
+        report = Report(_setting(wanted, files), rows, found, hits, coarse_to_fine(network, texts[0], coarse))
+    _print(report)
     if json_file is not None:
-        report = [{"row": name, **asdict(found[name]), **asdict(bits[name])} for name in found]
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
+        report.write_json(json_file)
+    if plot is not None:
+        points = {name: (made[name].bits().total, each.kl) for name, each in found.items()}
+        write_pareto(plot, str(report.setting["title"]), points)
 
 
-def _table(found: dict[str, Quality], bits: dict[str, Bits]) -> Table:
-    table = Table()
-    for heading in ("row", "bits: code + scales", "perplexity", "KL", "top-1 same"):
-        table.add_column(heading, justify="left" if heading == "row" else "right", no_wrap=True)
-    for name, row in found.items():
-        table.add_row(
-            name,
-            f"{bits[name].code:.3g} + {bits[name].scales:.2g}",
-            f"{row.perplexity_rise:+.2%}",
-            f"{row.kl:.4f}",
-            f"{row.top1:.3f}",
-        )
-    exact = next(iter(found.values())).perplexity_exact
-    table.add_row("exact", "", f"{exact:.3f}", "0", "1")
-    return table
+def _print(report: Report) -> None:
+    console = Console(width=200)
+    tables = report.quality_table(), report.level_table(), report.coarse_table(), report.needle_table()
+    for table in tables:
+        if table is not None:
+            console.print(table, highlight=False)
+    for name, size in report.setting["projection_bytes"].items():  # pyright: ignore[reportAttributeAccessIssue]
+        print(f"projection {name}: {size:,} bytes, once for all sessions")
 
 
-def _named(projection: Projection | None) -> str:
-    return "no projection" if projection is None else f"projection {projection.sha256[:12]}"
+def _setting(wanted: Wanted, files: Mapping[str, bytes]) -> dict[str, object]:
+    how = "direct" if wanted.direct else "client and server"
+    where = torch.cuda.get_device_name(wanted.device) if wanted.device != "cpu" else "CPU"
+    return {
+        "title": f"{wanted.count} x {wanted.length} tokens of {wanted.text.name} from {wanted.skip}, {how}, {where}",
+        "from_token": wanted.from_token,
+        "seed": wanted.seed,
+        "projection_bytes": {name: len(data) for name, data in files.items()},
+    }
 
 
-def _loaded(model: str, console: Console) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def _loaded(model: str, device: str, console: Console) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The demo's model, or a transformers model by its folder or name; in float32."""
     if model == DEMO_MODEL:
         try:
-            return load(lambda: console.print("converting the model, once"))
+            network, tokenizer = load(lambda: console.print("converting the model, once"))
         except Unusable as error:
             raise ValueError(str(error)) from None
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    else:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    return network.eval(), AutoTokenizer.from_pretrained(model)
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    return network.to(torch.device(device)), tokenizer

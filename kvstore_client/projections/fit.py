@@ -23,7 +23,7 @@ def gather(model: "PreTrainedModel", texts: Sequence[Tensor], done: Callable[[in
     gatherer = Gatherer(shape_of(model))
     with answering(model, gatherer), torch.inference_mode():
         for index, ids in enumerate(texts):
-            model(ids, use_cache=False, logits_to_keep=1)
+            model(ids.to(model.device), use_cache=False, logits_to_keep=1)
             done(index + 1)
     return gatherer
 

@@ -49,10 +49,10 @@ class Gatherer:
 
     def __call__(self, call: LayerCall) -> Tensor:
         found = self.layers[call.layer]
-        found.keys.add(call.k[:, SINK_TOKENS:].transpose(0, 1))
-        found.values.add(call.v[:, SINK_TOKENS:].transpose(0, 1))
+        found.keys.add(call.k[:, SINK_TOKENS:].transpose(0, 1).cpu())
+        found.values.add(call.v[:, SINK_TOKENS:].transpose(0, 1).cpu())
         found.rows += call.q.shape[1]
-        stored = stored_mask(call.q.shape[1])
+        stored = stored_mask(call.q.shape[1], call.q.device)
         share = 1 / call.residual.square().sum(1)
         outputs = []
         for head in range(call.q.shape[0]):
@@ -73,6 +73,6 @@ class Gatherer:
         seen_v, seen_o = v @ gram, out @ gram
         moved = (squares * ((seen_v * v).sum(1) - 2 * seen_o @ v.T)).sum(1) + squares.sum(1) * (seen_o * out).sum(1)
         w = (call.sm_scale**2 * moved.clamp(min=0) * share).double()
-        found.output_keys[kv] += (q.double() * w[:, None]).T @ q.double()
-        found.output_values[kv] += (squares.sum(1) * share).double().sum() * gram.double()
-        found.query[kv] += call.sm_scale**2 * q.double().T @ q.double()
+        found.output_keys[kv] += ((q.double() * w[:, None]).T @ q.double()).cpu()
+        found.output_values[kv] += ((squares.sum(1) * share).double().sum() * gram.double()).cpu()
+        found.query[kv] += call.sm_scale**2 * (q.double().T @ q.double()).cpu()

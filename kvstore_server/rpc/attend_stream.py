@@ -217,6 +217,7 @@ class AttendStream:
                 q=part,
                 head_offset=step.head_offset,
                 precision=convert.precision_from(step.precision),
+                refine=step.refine,
             )
             for item, part in zip(step.items, [q] if len(rows) == 1 else q.split(rows), strict=True)
         ]

@@ -1,6 +1,6 @@
 """Queries over the blocks of one layer: what runs on the device thread."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
@@ -13,6 +13,7 @@ from kvstore_codecs.plan import KindPlan, ProjectedPlan, SignPlan
 from kvstore_codecs.spec import KINDS, Kind
 from kvstore_kernels import Backend, DenseRows, ScoreNoise, SignRows, merge_states, score_noise
 from kvstore_kernels.backend import Attended
+from kvstore_kernels.cuda.pages import SignPages
 from kvstore_server.errors import FailedPrecondition
 from kvstore_server.memory.device import DeviceMemory
 from kvstore_server.memory.resident import Block, Blocks, ResidentSession
@@ -47,13 +48,20 @@ class Prefix:
     layer: int
     end: int
     precision: Precision
-    keys_finest: int = 0
-    """Its keys have no finer level."""
+    floor: Floor = (0, 0)
+    """Its keys and values have no finer levels."""
+    refine: int = 0
+    """Attention reads so many tokens of each query row and head, the best at `precision`, at the finest level."""
 
     @property
     def key(self) -> Hashable:
         """Equal for prefixes that one pass can read; an item of work holds the session, so its id is its own."""
-        return id(self.resident), self.layer, self.end, self.precision.keys_level, self.precision.values_level
+        levels = self.precision.keys_level, self.precision.values_level
+        return id(self.resident), self.layer, self.end, *levels, self.refine
+
+    def finest(self) -> "Prefix":
+        keys, values = self.floor
+        return replace(self, precision=replace(self.precision, keys_level=keys, values_level=values), refine=0)
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,8 @@ def attend(device: Device, prefix: Prefix, debias: float, items: list[Item]) -> 
     """Each item's attention over the prefix, all in one pass over its rows."""
     shape = prefix.resident.shape
     q = items[0].q if len(items) == 1 else torch.cat([item.q for item in items])
+    if prefix.refine and (device.memory is not None or _is_projected(prefix)):
+        prefix = prefix.finest()  # a device has no op that leaves tokens out
     blocks = device.blocks(prefix)
     noise = _noise(prefix, blocks.kept)
     fetch = _begin(device, prefix, q, blocks, noise, debias)
@@ -107,18 +117,36 @@ def attend(device: Device, prefix: Prefix, debias: float, items: list[Item]) -> 
 def _begin(
     device: Device, prefix: Prefix, q: Tensor, blocks: Blocks, noise: ScoreNoise | None, debias: float
 ) -> Callable[[], Attended]:
-    shape = prefix.resident.shape
-    scores: dict[str, float] = {"sm_scale": shape.sm_scale, "logit_soft_cap": shape.logit_soft_cap, "debias": debias}
+    scores = {**_logit_scale(prefix), "debias": debias}
     if not blocks:
         nothing = torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf), None
         return lambda: nothing
-    if _is_projected(prefix):
-        out, lse = merge_states([projected.attend(device.backend, q, b.keys, b.values, **scores) for b in blocks])
+    if prefix.refine or _is_projected(prefix):
+        if prefix.refine:
+            states = list(_refined(device.backend, prefix, q, blocks, scores))
+        else:
+            states = [projected.attend(device.backend, q, b.keys, b.values, **scores) for b in blocks]
+        out, lse = merge_states(states)
         fetch = device.backend.to_host((out.to(q.dtype), lse))
         variances = None if noise is None else noise.variance(q)
         return lambda: (*fetch(), variances)  # pyright: ignore[reportReturnType]
     parts = [(block.keys, block.values) for block in blocks]
     return device.backend.attend_all(q, parts, **scores, noise=noise, kept=blocks.kept)
+
+
+def _refined(
+    backend: Backend, prefix: Prefix, q: Tensor, blocks: Blocks, scores: dict[str, float]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """States of host blocks; the best tokens are those of each sketched block."""
+    finest = prefix.finest()
+    for block, fine in zip(
+        blocks, host_blocks(prefix.resident, prefix.layer, 0, prefix.end, finest.precision), strict=True
+    ):
+        if isinstance(block.keys, SignRows):
+            pairs = (block.keys, block.values), (fine.keys, fine.values)
+            yield backend.attend_refined(q, *pairs, prefix.refine, **scores)
+        else:
+            yield backend.attend(q, block.keys, block.values, **scores)
 
 
 def score(device: Device, prefix: Prefix, start: int, q: Tensor) -> Fetch:
@@ -136,10 +164,17 @@ def top_k(device: Device, prefix: Prefix, q: Tensor, k: int, candidates: int) ->
     """
     if not candidates:
         return device.backend.to_host(_best(device, prefix, q, k))
-    positions = _best(device, prefix, q, candidates)[0].sort(dim=2).values
-    finest = replace(prefix, precision=replace(prefix.precision, keys_level=prefix.keys_finest))
-    scores = [_scores(device, finest, block, q) for block in device.blocks(finest)]
-    order, best = device.backend.topk(torch.cat(scores, dim=2).gather(2, positions), k)
+    positions, scores = _best(device, prefix, q, candidates)
+    positions, order = positions.sort(dim=2)
+    scores = scores.gather(2, order)
+    for block in device.blocks(prefix.finest()):
+        if isinstance(block.keys, SignRows | SignPages):
+            places = positions - block.start
+            within = (places >= 0) & (places < block.end - block.start)
+            places = places.clamp(0, block.end - block.start - 1)
+            again = device.backend.score_at(q, block.keys, places, **_logit_scale(prefix))
+            scores = torch.where(within, again, scores)
+    order, best = device.backend.topk(scores, k)
     return device.backend.to_host((positions.gather(2, order), best))
 
 
@@ -159,8 +194,12 @@ def _best(device: Device, prefix: Prefix, q: Tensor, k: int) -> tuple[Tensor, Te
 
 
 def _scores(device: Device, prefix: Prefix, block: Block, q: Tensor) -> Tensor:
+    return projected.score(device.backend, q, block.keys, **_logit_scale(prefix))
+
+
+def _logit_scale(prefix: Prefix) -> dict[str, float]:
     shape = prefix.resident.shape
-    return projected.score(device.backend, q, block.keys, sm_scale=shape.sm_scale, logit_soft_cap=shape.logit_soft_cap)
+    return {"sm_scale": shape.sm_scale, "logit_soft_cap": shape.logit_soft_cap}
 
 
 def fidelity(prefix: Prefix, q: Tensor, heads: slice) -> Fidelity:

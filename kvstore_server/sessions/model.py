@@ -67,6 +67,8 @@ class Query:
     q: Tensor
     head_offset: int
     precision: Precision
+    refine: int = 0
+    """Of an attention: how many of the best tokens at `precision` are read at the finest level."""
 
 
 @dataclass(frozen=True)

@@ -143,8 +143,7 @@ class Querying:
         candidates = self._candidates(query, k, oversampling)
         live, prefix = await self._prepared(tenant, query, deadline)
         q, heads = self._full(prefix, query), self._asked_heads(query)
-        finest = replace(prefix.precision, keys_level=prefix.keys_finest)
-        answered = replace(prefix, precision=finest) if candidates else prefix
+        answered = prefix.finest() if candidates else prefix
 
         def work() -> Later[tuple[Sequence[torch.Tensor], Fidelity]]:
             best = attention.top_k(self._device, prefix, q, k, candidates)
@@ -225,9 +224,11 @@ class Querying:
         if (cost := tokens * heads * query.end) > self._limits.query_logits_max:
             limit = self._limits.query_logits_max
             raise InvalidArgument("q.shape", f"{cost} logits in one query are more than {limit}", limit=limit)
+        if query.refine > (limit := self._limits.topk_max):
+            raise InvalidArgument("refine", f"{query.refine} is more than {limit}", limit=limit)
         floor = live.state.floor
         precision = attention.effective(resident, query.layer, query.precision, floor)
-        return attention.Prefix(resident, query.layer, query.end, precision, floor[0])
+        return attention.Prefix(resident, query.layer, query.end, precision, floor, query.refine)
 
     async def _loaded(
         self, tenant: str, session: str, generation: str | None, end: int, deadline: float

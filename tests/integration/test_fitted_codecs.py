@@ -165,6 +165,27 @@ async def test_levels_of_a_matryoshka_session_get_coarser_and_guide_top_k(tmp_pa
     assert sum(recall) / len(recall) >= 0.95
 
 
+async def test_a_refined_attention_is_nearly_the_finest_one(tmp_path: Path) -> None:
+    """A tenth of the tokens read finely takes away most of what a coarse pass gets wrong; all of them, everything."""
+    k, v = vectors(2000)
+    q = 8 * rows(4)
+    async with serving(tmp_path) as server, AsyncKVStoreClient(f"127.0.0.1:{server.port}") as client:
+        spec = CodecSpec(keys=Matryoshka(bits=4), values=Matryoshka(bits=3), fit_tokens=512)
+        session = await client.create_session("s", SHAPE, spec)
+        await session.append(k[:, :800], v[:, :800])
+        await session.append(k[:, 800:], v[:, 800:])
+        level = Precision(keys_level=2, values_level=2)
+        finest, coarse = await session.attend(0, q), await session.attend(0, q, precision=level)
+        tenth, whole = [await session.attention(0, q, precision=level, refine=count) for count in (120, 1200)]
+        with pytest.raises(InvalidArgument):
+            await session.attend(0, q, refine=1 << 20)
+    errors = [float((out - finest[0]).norm()) for out in (coarse[0], tenth.out)]
+    assert errors[1] < errors[0] / 3
+    torch.testing.assert_close(whole.out, finest[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(whole.lse, finest[1], atol=1e-5, rtol=1e-5)
+    assert tenth.fidelity.precision.keys_level == 2
+
+
 async def test_a_fork_reads_with_its_parents_basis(tmp_path: Path) -> None:
     k, v = vectors(1200)
     q = rows()

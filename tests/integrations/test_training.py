@@ -64,7 +64,7 @@ def test_a_student_costs_what_the_codec_itself_costs(codec: Codec, row: str) -> 
     """Before any training: the functions that gradients go through against the encoder and decoder."""
     _, _, budget = row.split(":")
     student = Divergence(model(), start(), codec, SAMPLES[:2])(allotted(codec, start(), float(budget)))
-    made = {row: CodecRow.parse(row, shape_of(model()), start(), cpu_backend())}
+    made = {row: CodecRow.parse(row, shape_of(model()), {"one": start()}, cpu_backend())}
     assert student == pytest.approx(measure(model(), TEXTS[:2], made)[row].kl, rel=0.01)
     other = Divergence(model(), start(), codec, SAMPLES[:2])(allotted(codec, start(), 1.1 * float(budget)))
     assert other != pytest.approx(student, rel=0.01)

@@ -1,5 +1,6 @@
 """Attention over stored rows: blocks of tokens give partial softmax sums, which are merged in the order of tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +15,14 @@ from kvstore_kernels.compiled.rows import Floats
 from kvstore_kernels.compiled.score import BLOCK_TOKENS, soft_cap
 from kvstore_kernels.compiled.threads import run
 from kvstore_kernels.compiled.values import Doubles, ValueReader, value_reader
-from kvstore_kernels.shapes import check_pair, heads_of, query_group
+from kvstore_kernels.shapes import check_pair, heads_of, query_group, tokens_of
 from kvstore_kernels.types import Rows
 
 WAVE_BLOCKS = 64
 """Blocks whose partial sums are kept before they are merged."""
+
+LOWEST = np.finfo(np.float32).min
+"""In place of -inf, which a block of hidden tokens has for its best logit."""
 
 WAVE_BYTES_MAX = 1 << 26
 WAVE_ROWS_MAX = 32
@@ -48,24 +52,53 @@ def attend(
     q: Tensor, keys: Rows, values: Rows, *, sm_scale: float, logit_soft_cap: float = 0.0, debias: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """As `reference.attend`."""
-    tokens, (heads, head_dim) = check_pair(keys, values), heads_of(keys)
-    group = query_group(q, heads, head_dim)
-    out, lse = torch.zeros(len(q), heads, group, head_dim), torch.full((len(q), heads, group), -torch.inf)
-    reader = value_reader(values)
-    wave = 8 * (WAVE_BLOCKS + 1) * heads * reader.width
-    step = max(1, min(WAVE_ROWS_MAX, rows_max(keys), max(QUAD, WAVE_BYTES_MAX // wave)) // group)
-    for start in range(0, len(q) if tokens else 0, step):
-        part = slice(start, min(start + step, len(q)))
+    check_pair(keys, values)
+
+    def reader(part: slice) -> KeyReader:
+        return key_reader(q[part], keys, sm_scale=sm_scale, debias=debias)
+
+    group = query_group(q, *heads_of(keys))
+    return _attend(reader, values, (len(q), group), rows_max(keys), logit_soft_cap)
+
+
+def weigh(logits: Tensor, values: Rows) -> tuple[Tensor, Tensor]:
+    """As `reference.weigh`."""
+    by_head = logits.unflatten(1, (heads_of(values)[0], -1)).transpose(0, 1).numpy()
+    return _attend(lambda part: _Given(by_head[:, part]), values, (len(logits), by_head.shape[2]), WAVE_ROWS_MAX, 0.0)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A KeyReader of logits [H, T, Hq / H, N] that are there already."""
+
+    known: Floats
+
+    def logits(self, tokens: slice, out: Floats) -> None:
+        rows = self.known[..., tokens]
+        out[:] = 0
+        out[:, : rows.shape[1] * rows.shape[2]] = rows.reshape(len(rows), -1, rows.shape[3])
+
+
+def _attend(
+    reader: Callable[[slice], KeyReader], values: Rows, queries: tuple[int, int], rows_most: int, cap: float
+) -> tuple[Tensor, Tensor]:
+    """Of (T, Hq / H) queries, whose keys `reader` gives for some of the T."""
+    (count, group), (heads, head_dim), tokens = queries, heads_of(values), tokens_of(values)
+    out, lse = torch.zeros(count, heads, group, head_dim), torch.full((count, heads, group), -torch.inf)
+    sums = value_reader(values)
+    wave = 8 * (WAVE_BLOCKS + 1) * heads * sums.width
+    step = max(1, min(WAVE_ROWS_MAX, rows_most, max(QUAD, WAVE_BYTES_MAX // wave)) // group)
+    for start in range(0, count if tokens else 0, step):
+        part = slice(start, min(start + step, count))
         rows = (part.stop - start) * group
-        key_rows = key_reader(q[part], keys, sm_scale=sm_scale, debias=debias)
-        state = _reduce(key_rows, reader, tokens, (heads, padded(rows)), logit_soft_cap)
+        state = _reduce(reader(part), sums, tokens, (heads, padded(rows)), cap)
         for head in range(heads):
             total = state.total[head, :rows]
-            mean = reader.combine(head, state.sums[head, :rows], total) / total[:, None]
+            seen = np.where(total > 0, total, 1.0)
+            mean = sums.combine(head, state.sums[head, :rows], total) / seen[:, None]
+            known = np.where(total > 0, state.best[head, :rows] + np.log(seen), -np.inf)
             out[part, head] = torch.from_numpy(mean).float().unflatten(0, (-1, group))
-            lse[part, head] = (
-                torch.from_numpy(state.best[head, :rows] + np.log(total)).float().unflatten(0, (-1, group))
-            )
+            lse[part, head] = torch.from_numpy(known).float().unflatten(0, (-1, group))
     return out.flatten(1, 2), lse.flatten(1, 2)
 
 
@@ -83,7 +116,7 @@ def _reduce(keys: KeyReader, values: ValueReader, tokens: int, rows: tuple[int, 
             weights = np.empty((*rows, block.stop - start), np.float32)
             keys.logits(block, weights)
             soft_cap(weights, cap)
-            best = wave.best[index + 1] = weights.max(2)
+            best = wave.best[index + 1] = np.maximum(weights.max(2), LOWEST)
             np.exp(np.subtract(weights, best[..., None], out=weights), out=weights)
             _row_sums(weights, wave.total[index + 1])
             values.add(block, weights, wave.sums[index + 1])

@@ -1,10 +1,11 @@
 """The CPU's backend where numba is installed."""
 
 from kvstore_kernels.backend import ReferenceBackend
-from kvstore_kernels.compiled.attend import attend
+from kvstore_kernels.compiled.attend import attend, weigh
 from kvstore_kernels.compiled.decode import decode
 from kvstore_kernels.compiled.encode import encode
 from kvstore_kernels.compiled.score import score
+from kvstore_kernels.refined import Ops
 
 
 class CompiledBackend(ReferenceBackend):
@@ -14,3 +15,4 @@ class CompiledBackend(ReferenceBackend):
     score = staticmethod(score)
     attend = staticmethod(attend)
     _decode = staticmethod(decode)
+    _ops = Ops(score, ReferenceBackend.topk, weigh)

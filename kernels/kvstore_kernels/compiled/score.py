@@ -15,14 +15,14 @@ BLOCK_TOKENS = 1024
 """What one task reads: its logits and a head's words stay in a core's cache."""
 
 
-def score(q: Tensor, keys: Rows, *, sm_scale: float, logit_soft_cap: float = 0.0) -> Tensor:
-    """As `reference.score`."""
+def score(q: Tensor, keys: Rows, *, sm_scale: float, logit_soft_cap: float = 0.0, debias: float = 0.0) -> Tensor:
+    """As `reference.logits`."""
     tokens, (heads, head_dim) = tokens_of(keys), heads_of(keys)
     group = query_group(q, heads, head_dim)
     out = np.empty((len(q), heads, group, tokens), np.float32)
     step = max(1, rows_max(keys) // group)
     for start in range(0, len(q), step):
-        reader = key_reader(q[start : start + step], keys, sm_scale=sm_scale)
+        reader = key_reader(q[start : start + step], keys, sm_scale=sm_scale, debias=debias)
         _score(reader, logit_soft_cap, out[start : start + step])
     return torch.from_numpy(out).flatten(1, 2)
 

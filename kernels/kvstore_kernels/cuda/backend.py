@@ -62,6 +62,13 @@ class CudaBackend:
         return dense.score(q, keys.data, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap)
 
     @on_stream
+    def score_at(
+        self, q: Tensor, keys: Stored, positions: Tensor, *, sm_scale: float, logit_soft_cap: float = 0.0
+    ) -> Tensor:
+        scores = self.score(q, keys, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap)
+        return scores.gather(2, self._to_device(positions))
+
+    @on_stream
     def attend(
         self,
         q: Tensor,
@@ -109,6 +116,19 @@ class CudaBackend:
             return out, lse, variances[0] if variances else None
 
         return answered
+
+    def attend_refined(
+        self,
+        q: Tensor,
+        coarse: tuple[Stored, Stored],
+        fine: tuple[Stored, Stored],
+        best: int,
+        *,
+        sm_scale: float,
+        logit_soft_cap: float,
+        debias: float,
+    ) -> State:
+        return self.attend(q, *fine, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap, debias=debias)
 
     @on_stream
     def decode(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Tensor:

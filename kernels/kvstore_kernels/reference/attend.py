@@ -17,17 +17,22 @@ def attend(
     No tokens give (0, -inf). `debias` in [0, 1] takes that share of each key's variance / 2 off its logit before the
     cap; dense keys have none. Sums over tokens are in float64, so that no batch and no thread count shows in float32.
     """
-    tokens, (heads, head_dim) = check_pair(keys, values), heads_of(keys)
-    if tokens == 0:
+    if check_pair(keys, values) == 0:
         return torch.zeros(*q.shape), torch.full(q.shape[:2], -torch.inf)
-    scores = logits(q, keys, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap, debias=debias)
-    best = scores.amax(2, keepdim=True)
+    return weigh(logits(q, keys, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap, debias=debias), values)
+
+
+def weigh(scores: Tensor, values: Rows) -> tuple[Tensor, Tensor]:
+    """As `attend`, from logits [T, Hq, N]; -inf hides a token, and (0, -inf) comes of a row that sees none."""
+    heads, head_dim = heads_of(values)
+    best = scores.amax(2, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     weights = torch.exp(scores - best)
     total = weights.double().sum(2)
-    out = torch.empty(q.shape[0], heads, q.shape[1] // heads, head_dim)
+    out = torch.empty(scores.shape[0], heads, scores.shape[1] // heads, head_dim)
     for head, rows in enumerate(weights.unflatten(1, (heads, -1)).unbind(1)):
         sums = _weighted_sum(rows.flatten(0, 1), values, head)
-        out[:, head] = (sums / total.unflatten(1, (heads, -1))[:, head].reshape(-1, 1)).unflatten(0, rows.shape[:2])
+        own = total.unflatten(1, (heads, -1))[:, head].reshape(-1, 1)
+        out[:, head] = (sums / torch.where(own == 0, 1.0, own)).unflatten(0, rows.shape[:2])
     return out.flatten(1, 2), (best.squeeze(2) + total.log()).float()
 
 

@@ -34,8 +34,8 @@ def encode(x: Tensor, encoder: Encoder) -> Signs:
     layout = encoder.layout
     check_shape(x, encoder)
     check_finite(x)
-    words = torch.empty(len(x), layout.words, dtype=torch.int32)
-    scales = torch.empty(len(x), layout.scales, dtype=torch.float64)
+    words = torch.empty(len(x), layout.words, dtype=torch.int32, device=x.device)
+    scales = torch.empty(len(x), layout.scales, dtype=torch.float64, device=x.device)
     for heads in _alike(encoder):
         word_columns = _columns(layout.word_starts, heads)
         scale_columns = _columns(layout.scale_starts, heads)
@@ -106,18 +106,19 @@ def _indices(z: Tensor, code: HeadEncoder) -> Tensor:
 
 def step_widths(code: HeadEncoder) -> Tensor:
     """float64 [C]: the width of a cell of each coordinate, before the token's own gain."""
-    steps = torch.tensor([STEP.get(depth, 1.0) for depth in code.depth.tolist()], dtype=torch.float64)
-    return steps * code.sigma.double()
+    sigma = code.sigma.double()
+    return sigma * sigma.new_tensor([STEP.get(depth, 1.0) for depth in code.depth.tolist()])
 
 
 def group_levels(code: HeadEncoder, word_groups: tuple[int, ...], group: int) -> tuple[Tensor, Tensor]:
     """What each index of each coordinate counts in this group [2^b, C] float64, and which coordinates it codes [C]."""
-    own = torch.tensor(word_groups).repeat_interleave(WORD_ROWS) == group
+    device = code.depth.device
+    own = torch.tensor(word_groups, device=device).repeat_interleave(WORD_ROWS) == group
     coordinate, shift = code.row_coordinate[own].long(), code.row_shift[own]
-    cells = torch.arange(2 ** int(code.depth.max())).unsqueeze(1)
+    cells = torch.arange(2 ** int(code.depth.max()), device=device).unsqueeze(1)
     parts = (2.0 * (cells >> shift & 1) - 1) * code.row_weight[own].double()
-    levels = torch.zeros(len(cells), len(code.depth), dtype=torch.float64).index_add_(1, coordinate, parts)
-    coded = torch.zeros(len(code.depth), dtype=torch.float64)
+    levels = parts.new_zeros(len(cells), len(code.depth)).index_add_(1, coordinate, parts)
+    coded = parts.new_zeros(len(code.depth))
     coded[coordinate] = 1
     return levels, coded
 
@@ -128,7 +129,7 @@ def _affine(x: Tensor, planes: int) -> tuple[Tensor, Tensor]:
     low, high = groups.aminmax(dim=2)
     top, width = 2**planes - 1, (high - low).unsqueeze(2)
     code = torch.round((groups - low.unsqueeze(2)) / torch.where(width > 0, width, 1.0) * top).to(torch.uint8)
-    shifts = torch.arange(planes - 1, -1, -1, dtype=torch.uint8).view(-1, 1)
+    shifts = torch.arange(planes - 1, -1, -1, dtype=torch.uint8, device=x.device).view(-1, 1)
     bits = code.flatten(1).unsqueeze(1) >> shifts & 1
     return bits.flatten(1), torch.cat([(high - low) / top / 2, (high + low) / 2], 1)
 

@@ -1262,6 +1262,7 @@ class AttendStep(_message.Message):
     PRECISION_FIELD_NUMBER: _builtins.int
     LSE_BASE_FIELD_NUMBER: _builtins.int
     DEBIAS_FIELD_NUMBER: _builtins.int
+    REFINE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     timeout_ms: _builtins.int
     layer: _builtins.int
@@ -1269,6 +1270,10 @@ class AttendStep(_message.Message):
     lse_base: Global___LseBase.ValueType
     debias: _builtins.float
     """Share of each key's noise variance / 2 taken off its logit; unset: the codec's default."""
+    refine: _builtins.int
+    """The best so many tokens of each query row and head at `precision` are read at the finest level; 0: none. A server
+    with a device reads all of them so, and says it.
+    """
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttendStep.Item]: ...
     @_builtins.property
@@ -1289,10 +1294,11 @@ class AttendStep(_message.Message):
         precision: Global___Precision | None = ...,
         lse_base: Global___LseBase.ValueType = ...,
         debias: _builtins.float | None = ...,
+        refine: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_debias", b"_debias", "debias", b"debias", "precision", b"precision", "q", b"q"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_debias", b"_debias", "debias", b"debias", "head_offset", b"head_offset", "items", b"items", "layer", b"layer", "lse_base", b"lse_base", "precision", b"precision", "q", b"q", "request_id", b"request_id", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_debias", b"_debias", "debias", b"debias", "head_offset", b"head_offset", "items", b"items", "layer", b"layer", "lse_base", b"lse_base", "precision", b"precision", "q", b"q", "refine", b"refine", "request_id", b"request_id", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__debias: _TypeAlias = _typing.Literal["debias"]  # noqa: Y015
     _WhichOneofArgType__debias: _TypeAlias = _typing.Literal["_debias", b"_debias"]  # noqa: Y015
