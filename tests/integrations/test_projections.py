@@ -251,7 +251,7 @@ def test_the_commands_fit_show_and_measure(tmp_path: Path, monkeypatch: pytest.M
     assert served.exit_code == 0, served.output
     assert "client and server" in served.output
     behind = {row["row"]: row for row in json.loads(table.read_text())["rows"]}
-    assert [row["kl"] for row in behind.values()] == [0, 0]
+    assert all(0 < row["kl"] < 3 for row in behind.values())
     for args, reason in (
         (("projections", "fit", "--text", str(text), "--out", str(out), "--count", "99"), "are needed"),
         (("projections", "fit", "--text", str(text), "--out", str(out), "--metric", "best"), "is not output"),
