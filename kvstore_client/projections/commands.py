@@ -43,7 +43,7 @@ def fit(
 ) -> None:
     """Writes a projection fitted on `count` sequences of `length` tokens of `text`; ValueError as projection_of."""
     console = Console(stderr=True)
-    network, tokenizer = _loaded(model, device, console)
+    network, tokenizer = loaded(model, device, console)
     texts = sequences(text, tokenizer, length, count, skip)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading", total=count)
@@ -81,7 +81,7 @@ def quality(wanted: Wanted, json_file: Path | None, plot: Path | None) -> None:
     if not wanted.direct and wanted.device != "cpu":
         raise ValueError("a device is for the ops alone: with --direct")
     console = Console(stderr=True)
-    network, tokenizer = _loaded(wanted.model, wanted.device, console)
+    network, tokenizer = loaded(wanted.model, wanted.device, console)
     files = {name: file.read_bytes() for name, file in wanted.projections.items()}
     known = {name: read_projection(data) for name, data in files.items()}
     named = list(dict.fromkeys([*wanted.rows, *wanted.needle_rows]))
@@ -140,7 +140,7 @@ def _setting(wanted: Wanted, files: Mapping[str, bytes]) -> dict[str, object]:
     }
 
 
-def _loaded(model: str, device: str, console: Console) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def loaded(model: str, device: str, console: Console) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The demo's model, or a transformers model by its folder or name; in float32."""
     if model == DEMO_MODEL:
         try:
@@ -152,4 +152,4 @@ def _loaded(model: str, device: str, console: Console) -> "tuple[PreTrainedModel
 
         network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(model)
-    return network.to(torch.device(device)), tokenizer
+    return network.to(torch.device(device)), tokenizer  # pyright: ignore[reportArgumentType]

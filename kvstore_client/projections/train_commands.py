@@ -112,7 +112,7 @@ def _prepared(
     if run.device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device {run.device} is not here: this torch finds no CUDA device")
     start = read_projection(projection.read_bytes())
-    network, tokenizer = commands._loaded(run.model, console)
+    network, tokenizer = commands.loaded(run.model, run.device, console)
     _check_made_for(start, network)
     if mode == "sft":
         samples = read_pairs(run.text, tokenizer, run.length)
@@ -121,7 +121,7 @@ def _prepared(
             raise ValueError(f"texts of {run.length} tokens are shorter than max_position {start.header.max_position}")
         samples = [Sample.whole(ids) for ids in sequences(run.text, tokenizer, run.length, run.count, run.skip)]
     network.requires_grad_(False)
-    return start, network.to(run.device), samples  # type: ignore[arg-type]
+    return start, network, samples
 
 
 def _check_made_for(start: Projection, network: "PreTrainedModel") -> None:

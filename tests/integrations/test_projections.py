@@ -226,7 +226,7 @@ class Letters:
 
 
 def test_the_commands_fit_show_and_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "_loaded", lambda model, device, console: (tiny_llama(), Letters()))
+    monkeypatch.setattr(commands, "loaded", lambda model, device, console: (tiny_llama(), Letters()))
     text, out, table = tmp_path / "text", tmp_path / "out.safetensors", tmp_path / "table.json"
     text.write_text("".join(chr(33 + int(n)) for n in token_ids(2000)[0]))
 

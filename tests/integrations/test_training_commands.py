@@ -31,7 +31,7 @@ class Letters:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """With a projection, a text and pairs."""
-    monkeypatch.setattr(commands, "_loaded", lambda model, console: (tiny_llama(), Letters()))
+    monkeypatch.setattr(commands, "loaded", lambda model, device, console: (tiny_llama(), Letters()))
     from kvstore_codecs.artifact import write_projection
 
     (tmp_path / "start").write_bytes(write_projection(start().header, start().parts))
@@ -160,7 +160,7 @@ def test_supervised_training_has_no_teacher(folder: Path) -> None:
 
 
 def test_a_projection_of_another_model_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "_loaded", lambda model, console: (tiny_llama(initializer_range=0.1), Letters()))
+    monkeypatch.setattr(commands, "loaded", lambda model, device, console: (tiny_llama(initializer_range=0.1), Letters()))
     refused = train(folder, "--steps", "1")
     assert refused.exit_code == 2
     assert "has model_fingerprint" in refused.output
