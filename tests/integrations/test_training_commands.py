@@ -160,7 +160,9 @@ def test_supervised_training_has_no_teacher(folder: Path) -> None:
 
 
 def test_a_projection_of_another_model_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "loaded", lambda model, device, console: (tiny_llama(initializer_range=0.1), Letters()))
+    monkeypatch.setattr(
+        commands, "loaded", lambda model, device, console: (tiny_llama(initializer_range=0.1), Letters())
+    )
     refused = train(folder, "--steps", "1")
     assert refused.exit_code == 2
     assert "has model_fingerprint" in refused.output
