@@ -23,6 +23,7 @@ from kvstore_server.sessions.model import AttendAnswer, Query, TopKAnswer
 from kvstore_server.telemetry import Telemetry, codec_label
 
 LOG = logging.getLogger(__name__)
+SETTLE_SECONDS = 10.0
 Pair = tuple[Tensor, Tensor]
 """Keys and values [n, H, D] of one layer."""
 
@@ -111,6 +112,11 @@ class Quality:
             self._telemetry.recalled(codec_label(live.state.spec), float(hits.float().mean()))
 
         self._sample(live, query, compare)
+
+    async def settle(self) -> None:
+        """Returns when no comparison is under way."""
+        if self._comparing is not None:
+            await asyncio.wait({self._comparing}, timeout=SETTLE_SECONDS)
 
     def _sample(self, live: LiveSession, query: Query, compare: Callable[[Tensor, Tensor], None]) -> None:
         kept = self._kept.get(_key(live))

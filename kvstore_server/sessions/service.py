@@ -131,6 +131,7 @@ class SessionService:
             self._filling.cancel()
         if self.appending.commits:
             await asyncio.wait(set(self.appending.commits), timeout=10)
+        await self.quality.settle()
         await self.maintenance.close()
         await self.merging.close()
         await self._freshness.close()

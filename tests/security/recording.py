@@ -7,6 +7,9 @@ from typing import Any, cast
 from kvstore_server.metadata.index import Index
 from kvstore_server.storage.store import ObjectStore
 
+OF_THE_SERVER = {"announce", "replicas"}
+"""What a server does now and then, whoever calls it."""
+
 
 class Recorder:
     """`operations` has the name and the text arguments of each, save those on what no caller can name."""
@@ -25,7 +28,7 @@ class Recorder:
 
     def note(self, name: str, arguments: tuple[object, ...]) -> None:
         texts = [each for each in arguments if isinstance(each, str)]
-        if not any(text.startswith("_keys") for text in texts):
+        if name not in OF_THE_SERVER and not any(text.startswith("_keys") for text in texts):
             self.operations.append((name, *texts))
 
 

@@ -38,6 +38,7 @@ async def ask(server: Server, codec: str, q: Tensor, head_offset: int = 0) -> No
         await session.append(k[:, :400], v[:, :400])
         await session.append(k[:, 400:], v[:, 400:])
         await session.attend(0, q, head_offset=head_offset)
+        await server.sessions.quality.settle()  # one comparison at a time
         await session.topk(0, q, 20, head_offset=head_offset)
 
 
