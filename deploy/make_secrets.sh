@@ -4,7 +4,7 @@ set -eu
 cd "$1"
 if [ -s users.acl ]; then exit 0; fi
 umask 022
-password=$(head -c 32 /dev/urandom | base64 | tr -d '+/=\n')
+password=$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n')
 printf '%s\n' "$password" > redis_password
 # One user, on this program's keys and channel only, and without what administers the server.
 printf 'user default off\nuser kvstore on >%s ~kvstore:v1:* &kvstore:v1:* +@all -@admin -@dangerous +info\n' "$password" > users.acl
