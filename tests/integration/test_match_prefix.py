@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvstore_client import AsyncKVStoreClient, KVStoreError, PrefixMatch, TokenChain
+from kvstore_client import NO_RETRY, AsyncKVStoreClient, KVStoreError, PrefixMatch, Retry, TokenChain
 from kvstore_codecs.spec import RAW
 from kvstore_server.metadata.index import PrefixEntry
 from kvstore_server.metadata.redis import RedisIndex
@@ -42,10 +42,12 @@ class Two:
         self._folder, self._redis = folder, redis
         self._stack = AsyncExitStack()
 
-    async def client(self) -> AsyncKVStoreClient:
+    async def client(self, retry: Retry | None = None) -> AsyncKVStoreClient:
         index = {"url": self._redis.url, "timeout_seconds": 0.5}
         server = await self._stack.enter_async_context(serving(self._folder, index=index, staleness_seconds=0.2))
-        return await self._stack.enter_async_context(AsyncKVStoreClient(f"127.0.0.1:{server.port}"))
+        return await self._stack.enter_async_context(
+            AsyncKVStoreClient(f"127.0.0.1:{server.port}", retry=retry or Retry())
+        )
 
     async def close(self) -> None:
         await self._stack.aclose()
@@ -118,10 +120,10 @@ async def test_what_the_index_says_is_believed_only_if_the_store_says_so_too(two
 
 
 async def test_without_an_index_matching_says_so(two: Two, redis: RedisServer) -> None:
-    client = await two.client()
+    client = await two.client(NO_RETRY)
     redis.stop()
     with pytest.raises(KVStoreError) as refused:
-        await client.match_prefix(MODEL, chain(range(64)), timeout=1)
+        await client.match_prefix(MODEL, chain(range(64)), timeout=10)
     assert refused.value.code == "UNAVAILABLE"
 
 
