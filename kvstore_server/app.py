@@ -70,7 +70,9 @@ class Server:
             await self._keys.start()
         device = await asyncio.to_thread(open_device, settings.device)
         backend = device.backend
-        self._engine = Engine(ENGINE_WAITING_MAX, backend.is_fatal, self._device_lost, self.telemetry.ran)
+        self._engine = Engine(
+            ENGINE_WAITING_MAX, backend.is_fatal, self._device_lost, self.telemetry.ran, backend.ordered
+        )
         index = open_index(settings.index)
         self.sessions = SessionService(store, index, self._engine, device, settings, self.telemetry)
         self._measure(device)

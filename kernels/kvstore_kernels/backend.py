@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -117,6 +118,10 @@ class Backend(Protocol):
         """Whether an error means that the device is lost."""
         ...
 
+    def ordered(self) -> AbstractContextManager[object]:
+        """While it is entered, what torch does on this thread is ordered with the ops."""
+        ...
+
     def beside(self) -> "Backend":
         """The same device for another thread, whose work is not ordered with this one's."""
         ...
@@ -180,6 +185,9 @@ class ReferenceBackend:
 
     def is_fatal(self, error: BaseException) -> bool:
         return False
+
+    def ordered(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def beside(self) -> Backend:
         return self

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Literal, TypeVar
@@ -41,7 +42,7 @@ class Engine:
 
     An error for which `is_fatal` holds means that the device is lost: it and all work after it answer Unavailable, and
     `on_fatal` is called once, on a thread of the engine. `ran` hears of every run, also there: its lane, the seconds
-    that its pieces had waited, and its own until the device was done.
+    that its pieces had waited, and its own until the device was done. All work runs within `ordered()`.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Engine:
         is_fatal: Callable[[BaseException], bool] = lambda _: False,
         on_fatal: Callable[[BaseException], None] = lambda _: None,
         ran: Callable[[Lane, list[float], float], None] = lambda *_: None,
+        ordered: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._waiting_max = waiting_max
         self._is_fatal, self._on_fatal, self._ran = is_fatal, on_fatal, ran
@@ -59,7 +61,7 @@ class Engine:
         self.runs = 0
         self.run_items = 0
         self._completions = Completions(self._finish)
-        self._thread = threading.Thread(target=self._loop, name="kvstore-device", daemon=True)
+        self._thread = threading.Thread(target=self._serve, args=(ordered,), name="kvstore-device", daemon=True)
         self._thread.start()
 
     async def run(self, work: Callable[[], T | Later[T]], deadline: float, lane: Lane = "query") -> T:
@@ -115,6 +117,10 @@ class Engine:
             self._lanes[lane].append(Work(item, run, key, deadline, done, monotonic()))
             self._wake.notify()
         return done
+
+    def _serve(self, ordered: Callable[[], AbstractContextManager[object]]) -> None:
+        with ordered():
+            self._loop()
 
     def _loop(self) -> None:
         last: Lane = "encode"

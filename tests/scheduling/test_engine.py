@@ -1,6 +1,8 @@
 import asyncio
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from time import monotonic
 
 import pytest
@@ -196,3 +198,18 @@ async def test_other_errors_of_what_is_finished_later_fail_only_their_work(engin
     with pytest.raises(ZeroDivisionError):
         await engine.run(lambda: Later(lambda: 1 // 0), soon())
     assert await engine.run(lambda: 1, soon()) == 1
+
+
+async def test_all_work_runs_where_the_device_orders_it() -> None:
+    entered = ContextVar("entered", default=False)
+
+    @contextmanager
+    def ordered() -> Iterator[None]:
+        token = entered.set(True)
+        yield
+        entered.reset(token)
+
+    engine = Engine(waiting_max=3, ordered=ordered)
+    assert [await engine.run(entered.get, monotonic() + 10, lane) for lane in ("query", "encode")] == [True, True]
+    assert not entered.get()
+    engine.close(10)

@@ -1,6 +1,7 @@
 """The ops on one CUDA device, over rows in host memory as well as over what the device holds."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ def on_stream(method: F) -> F:
 
     @wraps(method)
     def run(self: "CudaBackend", *args: Any, **kwargs: Any) -> Any:
-        with torch.cuda.stream(self._stream):
+        with self.ordered():
             return method(self, *args, **kwargs)
 
     return run  # pyright: ignore[reportReturnType]
@@ -149,6 +150,9 @@ class CudaBackend:
         """CUDA errors stay with the context; running out of memory is no such error."""
         lost = (build.DeviceError, torch.AcceleratorError)
         return isinstance(error, lost) and not isinstance(error, torch.OutOfMemoryError)
+
+    def ordered(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._stream)
 
     def beside(self) -> "CudaBackend":
         return CudaBackend(self.device)
