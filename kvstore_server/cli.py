@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from kvstore_server.cli_arguments import (
+from kvstore_server.commands.arguments import (
     TARGET,
     CountOption,
     DeviceOption,
@@ -22,11 +22,11 @@ from kvstore_server.cli_arguments import (
     TextOption,
     explained,
 )
-from kvstore_server.cli_training import search, train
+from kvstore_server.commands.keys import keys
 from kvstore_server.commands.loadtest import loadtest
+from kvstore_server.commands.sessions import sessions
 from kvstore_server.commands.size import size
-from kvstore_server.key_commands import keys
-from kvstore_server.session_commands import sessions
+from kvstore_server.commands.training import search, train
 
 if TYPE_CHECKING:
     from kvstore_kernels.measurement import Measurement

@@ -32,9 +32,7 @@ HOMES = {
     "kvstore_client": (
         "kvstore_client",
         "kvstore_server.cli",
-        "kvstore_server.cli_training",
         "kvstore_server.commands",
-        "kvstore_server.session_commands",
         "kvstore_server.report",
     ),
     "redis": ("kvstore_server.metadata.redis", "kvstore_server.metadata.redis_client"),

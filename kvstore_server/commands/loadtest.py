@@ -5,11 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
+from kvstore_server.commands.arguments import TARGET
+
 
 def loadtest(
-    target: Annotated[str, typer.Option(help="host:port, or several with commas", envvar="KVSTORE_TARGET")] = (
-        "127.0.0.1:7700"
-    ),
+    target: Annotated[str, typer.Option(help="host:port, or several with commas", envvar="KVSTORE_TARGET")] = TARGET,
     scenario: Annotated[
         str, typer.Option(help="ingest, decode, private, retrieval, mixed, failover (starts its own servers) or trace")
     ] = "decode",

@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from kvstore_server.commands.keys import keys
 from kvstore_server.identity.key_ring import KeyRing
 from kvstore_server.identity.key_store import KeyStore
-from kvstore_server.key_commands import keys
 from kvstore_server.storage.local import LocalStore
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from kvstore_server.cli_arguments import CountOption, LengthOption, ModelOption, SkipOption, explained
+from kvstore_server.commands.arguments import CountOption, LengthOption, ModelOption, SkipOption, explained
 
 StartOption = Annotated[Path, typer.Option(help="A projection to begin with", exists=True, dir_okay=False)]
 OutOption = Annotated[Path, typer.Option(help="The file to write")]

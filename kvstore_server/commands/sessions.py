@@ -2,7 +2,7 @@
 
 import typer
 
-from kvstore_server.cli_arguments import TARGET, TargetOption
+from kvstore_server.commands.arguments import TARGET, TargetOption
 
 sessions = typer.Typer(no_args_is_help=True, help="Sessions of a running server.")
 
