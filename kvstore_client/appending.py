@@ -82,13 +82,12 @@ class Appender:
 
     async def _sent(self, block: Block, first: int, position: int, way: "Way") -> AsyncGenerator[int]:
         """Sends what of `block` lies from `position` on; yields where each piece ends once it is durable, in order."""
-        under_way = deque[tuple[int, asyncio.Task[None]]]()
+        under_way, last = deque[tuple[int, asyncio.Task[None]]](), first + block.tokens
         before = asyncio.Event()
         before.set()
         try:
-            while under_way or position < first + block.tokens:
-                full = len(under_way) > (way.ahead if self._sketcher or not (way.encode and self._encodes) else 0)
-                if full or position >= first + block.tokens:
+            while under_way or position < last:
+                if position >= last or len(under_way) > self._ahead(way):
                     end, oldest = under_way.popleft()
                     await oldest
                     yield end
@@ -101,6 +100,11 @@ class Appender:
             for _, task in under_way:
                 task.cancel()
             await asyncio.gather(*(task for _, task in under_way), return_exceptions=True)
+
+    def _ahead(self, way: "Way") -> int:
+        """Pieces; none while it is not known yet whether the next piece will be encoded."""
+        undecided = way.encode and self._encodes and self._sketcher is None
+        return 0 if undecided else way.ahead
 
     async def _piece_tokens(self, timeout: float) -> int:
         """Tokens of one atomic append; the same for every append, so that a repeated one is cut the same way."""

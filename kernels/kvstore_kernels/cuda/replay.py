@@ -64,11 +64,11 @@ class Recording:
 
 
 @dataclass
-class Kind:
+class Recordings:
     """What is kept of queries that one recording could serve."""
 
     runs: int = 0
-    recordings: list[Recording] = field(default_factory=list)
+    made: list[Recording] = field(default_factory=list)
 
 
 class Recorder:
@@ -83,15 +83,15 @@ class Recorder:
         Query rows are padded to a power of two, so that few recordings serve all T: rows do not depend on one another.
         """
         rows = 1 << (len(q) - 1).bit_length()
-        kind: Kind = kept.setdefault((key, rows, q.dtype), Kind())
-        kind.runs += 1
-        if kind.runs <= RECORD_AFTER:
+        recordings: Recordings = kept.setdefault((key, rows, q.dtype), Recordings())
+        recordings.runs += 1
+        if recordings.runs <= RECORD_AFTER:
             return None
-        if len(kind.recordings) < SLOTS and all(each.asked for each in kind.recordings):
-            kind.recordings.insert(0, self._record(rows, q, attend))
-        next_one = kind.recordings.pop(0)
-        kind.recordings.append(next_one)
-        return next_one.replay(q)
+        made = recordings.made
+        if len(made) < SLOTS and all(each.asked for each in made):
+            made.insert(0, self._record(rows, q, attend))
+        made.append(made.pop(0))
+        return made[-1].replay(q)
 
     def _record(self, rows: int, like: Tensor, attend: Callable[[Tensor], Attended]) -> Recording:
         q = torch.zeros(rows, *like.shape[1:], dtype=like.dtype, pin_memory=True)
