@@ -53,8 +53,8 @@ class Recording:
     """What is still to be copied out."""
 
     def replay(self, q: Tensor) -> Answer:
-        if self.asked is not None:
-            self.asked()
+        if (before := self.asked) is not None:  # which another thread may take at this moment
+            before()
         data = _bytes(q)
         _bytes(self.q)[: data.nbytes] = data
         self.graph.replay()

@@ -1,0 +1,47 @@
+"""Recordings without a device: a graph that only copies stands for one that was captured."""
+
+from typing import Any, cast
+
+import torch
+
+from kvstore_kernels.cuda.replay import Recording
+
+
+class CopyingGraph:
+    """Answers q + 1 and the sums of q, as a replay does: into memory that the next replay overwrites."""
+
+    recording: Recording
+
+    def replay(self) -> None:
+        out, lse = self.recording.answer
+        out.copy_(self.recording.q + 1)
+        lse.copy_(self.recording.q.float().sum(2))
+
+
+class Event:
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def recording(rows: int, dtype: torch.dtype) -> Recording:
+    graph, q = CopyingGraph(), torch.zeros(rows, 2, 4, dtype=dtype)
+    made = Recording(cast(Any, graph), cast(Any, Event()), q, [torch.empty_like(q), torch.empty(rows, 2)])
+    graph.recording = made
+    return made
+
+
+def test_an_answer_outlives_the_replays_after_it():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        made = recording(4, dtype)
+        asked = [torch.randn(rows, 2, 4).to(dtype) for rows in (3, 4, 1)]
+        answers = [made.replay(q) for q in asked]
+        assert made.asked is answers[-1], "the others were copied out when their memory was needed"
+        for q, answer in zip(asked, answers, strict=True):
+            out, lse, variances = answer()
+            assert torch.equal(out, q + 1)
+            assert torch.equal(lse, q.float().sum(2))
+            assert variances is None
+        assert made.asked is None
