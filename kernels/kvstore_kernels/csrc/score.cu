@@ -77,7 +77,7 @@ extern "C" __global__ void BOUNDS
     for (int i = 0; i < RING; i++) push(i);
 
     await_previous_kernel();
-    prepare_queries(planes, constants, Queries{y + (i64)h * rows * y_stride, rows, row_first, y_stride, y_extra, unit, 0}, head,
+    prepare_queries(BitPlanes{planes}, constants, Queries{y + (i64)h * rows * y_stride, rows, row_first, y_stride, y_extra, unit, 0}, head,
                     units, nullptr);
     __syncthreads();
 

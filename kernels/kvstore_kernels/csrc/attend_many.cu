@@ -1,0 +1,421 @@
+// attend.cu's sums, bit for bit, for many query rows of a KV head: on integer tensor cores, whose products take sixteen rows
+// at once. Bits become bytes 0 and 1 in registers on their way there, which every row of the block shares.
+//
+// Grid and arguments: attend.cu's; ROWS rows in blocks of 16. A block takes the pages of its split one after another, all
+// warps one page. Warp w scores tokens 32 c + 4 w + t, c < 8, t < 4, against all rows, so that lane (g, t) has the logits of
+// eight tokens for rows g, g + 8, ..; the rows' largest logit and weight are found among the warps. The weights are left in
+// shared memory as bytes, A operand of products with 256 tokens' bits of values, of which warp w has VALUE_WORDS times 32 rows.
+//
+// Macros: attend.cu's without BUFFERS, for one scale a key and a value and no offsets; ROW_TILES a multiple of 4; STAGES pages in
+// shared memory. Sums over all units must stay below 2^22.
+#include "weights.cuh"
+
+#define BLOCK_ROWS 16
+#define ROW_BLOCKS (ROWS / BLOCK_ROWS)
+#define OWN (2 * ROW_BLOCKS)  // rows of a lane: g + 8 i, i < OWN
+#define LOW_BITS (PLANES - 8)  // of a query's integers, in bytes of their own
+#define HALVES (LOW_BITS ? 2 : 1)
+#define WEIGHT_HALVES (WEIGHT_PLANES > 8 ? 2 : 1)
+#define FRAGMENT 512  // bytes of an A operand, 16 x 32
+#define QUERY_BYTES (HALVES * UNITS * ROW_BLOCKS * 8 * FRAGMENT)
+#define KEY_BYTES (UNITS * CHUNKS * PIECE)
+#define STAGE (KEY_BYTES + WARPS * VALUE_WORDS * PIECE + 2 * 512)
+#define ALL_WEIGHTS (WEIGHT_HALVES * CHUNKS * ROW_BLOCKS * FRAGMENT)
+#define ROUND (8 * ROWS)  // a page's number for each row and page of a round
+
+// C + A B: A is 16 rows x 32 bytes of type T, B 32 bytes x 8 columns. Lane (g, t) holds of A the bytes 4t .. 4t + 3 of rows g and
+// g + 8, then 4t + 16 .. of both; of B those of column g; of C what mma_and_popc says.
+#define MMA_BYTES(name, T)                                                                                              \
+    __device__ __forceinline__ void name(Accumulators& c, uint4 a, u32 b0, u32 b1) {                                     \
+        asm("mma.sync.aligned.m16n8k32.row.col.s32." T ".u8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"      \
+            : "+r"(c.x), "+r"(c.y), "+r"(c.z), "+r"(c.w)                                                               \
+            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));                                               \
+    }
+MMA_BYTES(mma_signed, "s8")
+MMA_BYTES(mma_unsigned, "u8")
+
+// Sums so far times 2^bits, in the bits of floats from here on.
+__device__ __forceinline__ void shift_up(Accumulators& c, int bits) {
+    c = {(c.x << bits) + FLOATING, (c.y << bits) + FLOATING, (c.z << bits) + FLOATING, (c.w << bits) + FLOATING};
+}
+
+__device__ __forceinline__ u32 bytes_of(u32 word, int bit) { return word >> bit & 0x01010101; }
+
+// Integers in the order of floats.
+__device__ __forceinline__ int ordered(float v) {
+    const int bits = __float_as_int(v);
+    return bits < 0 ? bits ^ 0x7fffffff : bits;
+}
+
+__device__ __forceinline__ float from_ordered(int v) { return __int_as_float(v < 0 ? v ^ 0x7fffffff : v); }
+
+__device__ __forceinline__ uint4 fragment(const u8* fragments, int number) {
+    return *(const uint4*)(fragments + number * FRAGMENT + (threadIdx.x & 31) * 16);
+}
+
+// Query rows as A operands, [HALVES][UNITS][ROW_BLOCKS][8 bits]: step `bit` has that bit of every byte of a unit's words.
+struct QueryBytes {
+    u8* fragments;
+
+    __device__ __forceinline__ void put(int row, int unit, int slot, int integer) const {
+        const int bit = threadIdx.x & 7, byte = threadIdx.x >> 3 & 3;
+        const int at = ((unit * ROW_BLOCKS + row / BLOCK_ROWS) * 8 + bit) * FRAGMENT + ((row & 7) * 4 + (slot & 3)) * 16 +
+                       ((slot >> 2) * 2 + (row >> 3 & 1)) * 4 + byte;
+        fragments[at] = (u8)(integer >> LOW_BITS);
+        if (LOW_BITS) fragments[QUERY_BYTES / HALVES + at] = (u8)(integer & ((1 << LOW_BITS) - 1));
+    }
+};
+
+// What the warps find of each row on each page of a round: the largest logit, rounded up, the largest weight, the sum of weights
+// in units of it, and of p for each warp's tokens.
+struct Found {
+    int *top, *most, *weight;  // [8][ROWS]
+    float* totals;             // [8][ROWS][WARPS]
+
+    __device__ __forceinline__ explicit Found(u8* shared) : top((int*)shared), most(top + ROUND), weight(most + ROUND), totals((float*)(weight + ROUND)) {}
+
+    __device__ __forceinline__ void clear() const {
+        for (int i = threadIdx.x; i < ROUND; i += WARPS * 32) {
+            top[i] = 1 << 31;
+            most[i] = weight[i] = 0;
+        }
+    }
+
+    __device__ __forceinline__ float page_top(int page, int row) const { return from_ordered(top[page * ROWS + row]); }
+
+    // The value of one weight.
+    __device__ __forceinline__ float unit(int page, int row) const { return __int_as_float(most[page * ROWS + row]) * (1.0f / WEIGHT_MOST); }
+
+    // What attend.cu calls stats, of one page and row.
+    __device__ __forceinline__ void stats(float (&out)[STATS], int page, int row) const {
+        const int i = page * ROWS + row;
+        const float4 a = *(const float4*)(totals + i * WARPS), b = *(const float4*)(totals + i * WARPS + 4);
+        out[TOP] = page_top(page, row);
+        out[TOTAL] = ((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w));
+        out[UNIT(0)] = unit(page, row);
+        out[WEIGHT(0)] = (float)(u32)weight[i];
+    }
+};
+#define FOUND_BYTES (ROUND * 4 * (3 + WARPS))
+
+// The four lanes of a row each name a different of its OWN rows: v[t], and the row's number.
+__device__ __forceinline__ float pick(const float (&v)[OWN], int t) {
+    float own = v[0];
+#pragma unroll
+    for (int i = 1; i < OWN; i++) own = t == i ? v[i] : own;
+    return own;
+}
+
+__device__ __forceinline__ int row_of(int i) { return ((threadIdx.x & 31) >> 2) + 8 * i; }
+
+// This lane's logits, of rows row_of(i) and tokens 32 c + 4 warp + t.
+typedef float Logits[OWN][CHUNKS];
+
+__device__ __forceinline__ void score_page(Logits& x, const u8* keys, const u8* queries, const float* constants, const u16* scales, float cap) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = lane & 3, token = lane >> 3;
+    // Column 2 t + e of product j is token t of the warp's four in chunk 2 j + e.
+    const int place = ((token & 1) ^ (warp >> 1 & 1)) * 2 + (token >> 1), odd = lane >> 2 & 1;
+    const u8* from = keys + odd * PIECE + t * 128 + (warp ^ (t | odd << 2)) * 16 + place * 4;
+    Accumulators sums[ROW_BLOCKS][4];
+#pragma unroll
+    for (int i = 0; i < ROW_BLOCKS * 4; i++) {
+        const int start = LOW_BITS ? 0 : FLOATING;
+        sums[i / 4][i % 4] = {start, start, start, start};
+    }
+#pragma unroll 1
+    for (int pass = 0; pass < HALVES * UNITS; pass++) {
+        if (LOW_BITS && pass == UNITS)
+#pragma unroll
+            for (int i = 0; i < ROW_BLOCKS * 4; i++) shift_up(sums[i / 4][i % 4], LOW_BITS);
+        const u8* unit = from + (LOW_BITS && pass >= UNITS ? pass - UNITS : pass) * CHUNKS * PIECE;
+        u32 words[4][2];
+#pragma unroll
+        for (int i = 0; i < 8; i++) words[i >> 1][i & 1] = *(const u32*)(unit + (i >> 1) * 2 * PIECE + (i & 1) * (PIECE / 2));
+#pragma unroll
+        for (int bit = 0; bit < 8; bit++) {
+            uint4 a[ROW_BLOCKS];
+#pragma unroll
+            for (int m = 0; m < ROW_BLOCKS; m++) a[m] = fragment(queries, (pass * ROW_BLOCKS + m) * 8 + bit);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const u32 b0 = bytes_of(words[j][0], bit), b1 = bytes_of(words[j][1], bit);
+#pragma unroll
+                for (int m = 0; m < ROW_BLOCKS; m++) mma_signed(sums[m][j], a[m], b0, b1);
+            }
+        }
+    }
+    float alphas[CHUNKS];
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) alphas[c] = from_half(scales[32 * c + 4 * warp + t]);
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        const float* row = constants + row_of(i) * ROW_CONSTANTS;
+        const float base = row[0], slope = row[SLOPE(0)], shift = row[SHIFT(0)], spread = DEBIAS ? row[SPREAD(0)] : 0;
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) {
+            const Accumulators& sum = sums[i >> 1][c >> 1];
+            const int own = i & 1 ? (c & 1 ? sum.w : sum.z) : (c & 1 ? sum.y : sum.x);
+            float inner = fmaf(slope, __int_as_float(own) - OFFSET, shift);
+            if (DEBIAS) inner = fmaf(alphas[c], spread, inner);
+            const float logit = fmaf(alphas[c], inner, base);
+            x[i][c] = SOFT_CAP ? cap * tanh_of(logit) : logit;
+        }
+    }
+}
+
+// A warp's sums over its value rows: of the rows of A and columns 2t, 2t + 1 of eight value rows.
+struct ManySums {
+    float rows[VALUE_WORDS][4][ROW_BLOCKS][4];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < VALUE_WORDS * ROW_BLOCKS * 16; i++) rows[i / (ROW_BLOCKS * 16)][i / (ROW_BLOCKS * 4) % 4][i / 4 % ROW_BLOCKS][i % 4] = 0;
+    }
+
+    // Makes room for a page of the round; `unit` becomes what one weight of it counts. `tops` [ROWS] has what sums so far are
+    // relative to, and `next_tops` will.
+    __device__ __forceinline__ void begin_page(const Found& found, int page, const float* tops, float* next_tops, float (&unit)[OWN]) {
+        bool grows = false;
+        float factor[OWN];
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            const float top = tops[row_of(i)], page_top = found.page_top(page, row_of(i)), highest = fmaxf(top, page_top);
+            unit[i] = found.unit(page, row_of(i)) * exp2_fast(page_top - highest);
+            factor[i] = exp2_fast(top - highest);
+            grows = grows || factor[i] != 1;
+            if (threadIdx.x < 32 && threadIdx.x % 4 == 0) next_tops[row_of(i)] = highest;
+        }
+        if (__any_sync(ALL_LANES, grows))
+#pragma unroll
+            for (int i = 0; i < VALUE_WORDS * ROW_BLOCKS * 16; i++)
+                rows[i / (ROW_BLOCKS * 16)][i / (ROW_BLOCKS * 4) % 4][i / 4 % ROW_BLOCKS][i % 4] *= factor[i / 4 % ROW_BLOCKS * 2 + i / 2 % 2];
+    }
+
+    // Adds word k of this warp's, whose bits are at `values`.
+    __device__ __forceinline__ void add(int k, const u8* values, const u8* weights, const float (&unit)[OWN]) {
+        const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+        const uint4 a[2] = {*(const uint4*)(values + lane * 16), *(const uint4*)(values + PIECE / 2 + lane * 16)};
+        const u32 words[4][2] = {{a[0].x, a[0].z}, {a[0].y, a[0].w}, {a[1].x, a[1].z}, {a[1].y, a[1].w}};
+        const uint4* from = (const uint4*)weights + (g * 4 + (t ^ g >> 1));
+        Accumulators sums[4][ROW_BLOCKS];
+#pragma unroll
+        for (int i = 0; i < 4 * ROW_BLOCKS; i++) {
+            const int start = WEIGHT_HALVES > 1 ? 0 : FLOATING;
+            sums[i / ROW_BLOCKS][i % ROW_BLOCKS] = {start, start, start, start};
+        }
+#pragma unroll 1
+        for (int half = WEIGHT_HALVES - 1; half >= 0; half--) {
+#pragma unroll
+            for (int c = 0; c < CHUNKS; c++) {
+                uint4 w[ROW_BLOCKS];
+#pragma unroll
+                for (int m = 0; m < ROW_BLOCKS; m++) w[m] = from[((half * CHUNKS + c) * ROW_BLOCKS + m) * (FRAGMENT / 16)];
+#pragma unroll
+                for (int n = 0; n < 4; n++) {
+                    const u32 b0 = bytes_of(words[n][0], c), b1 = bytes_of(words[n][1], c);
+#pragma unroll
+                    for (int m = 0; m < ROW_BLOCKS; m++) mma_unsigned(sums[n][m], w[m], b0, b1);
+                }
+            }
+            if (WEIGHT_HALVES > 1 && half)
+#pragma unroll
+                for (int i = 0; i < 4 * ROW_BLOCKS; i++) shift_up(sums[i / ROW_BLOCKS][i % ROW_BLOCKS], 8);
+        }
+#pragma unroll
+        for (int i = 0; i < 4 * ROW_BLOCKS; i++) {
+            const int n = i / ROW_BLOCKS, m = i % ROW_BLOCKS;
+            const int counts[4] = {sums[n][m].x, sums[n][m].y, sums[n][m].z, sums[n][m].w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) rows[k][n][m][j] = fmaf(unit[2 * m + (j >> 1)], __int_as_float(counts[j]) - OFFSET, rows[k][n][m][j]);
+        }
+    }
+
+    // As Sums::store; `totals` [ROWS].
+    __device__ __forceinline__ void store(float* partials, const Totals* totals, i64 stride, i64 present, int words) const {
+        const int warp = threadIdx.x >> 5, t = threadIdx.x & 3;
+#pragma unroll
+        for (int k = 0; k < VALUE_WORDS; k++) {
+            const int word = warp * VALUE_WORDS + k;
+            if (word >= words) break;
+#pragma unroll
+            for (int i = 0; i < 4 * OWN; i++) {
+                const int n = i / OWN, row = row_of(i % OWN);
+                const float* own = &rows[k][n][i % OWN / 2][i % 2 * 2];
+                const float of_all = totals[row].all[0];
+                if (row < present) *(float2*)(partials + row * stride + word * 32 + n * 8 + 2 * t) = make_float2(2 * own[0] - of_all, 2 * own[1] - of_all);
+            }
+        }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
+    attend_many(const u8* __restrict__ key_slab, const int* __restrict__ key_table, const u8* __restrict__ value_slab,
+                const int* __restrict__ value_table, const Head* __restrict__ key_heads, const Head* __restrict__ value_heads,
+                const int* __restrict__ unit_words, const u8* __restrict__ value_groups, const float* __restrict__ y,
+                const float* __restrict__ noise, float* __restrict__ partials, float* __restrict__ sums, i64 page_first,
+                i64 page_end, i64 split_pages, i64 first, i64 end, i64 rows, i64 y_stride, i64 y_extra, i64 width, float unit,
+                float cap, float half_debias) {
+    let_next_kernel_start();
+    extern __shared__ __align__(128) u8 shared[];
+    u8* stages = shared;
+    u8* queries = stages + STAGES * STAGE;
+    u8* weights = queries + QUERY_BYTES;
+    u8* found_both = weights + ALL_WEIGHTS;
+    float* constants = (float*)(found_both + 2 * FOUND_BYTES);
+    Totals* totals = (Totals*)(constants + ROWS * ROW_CONSTANTS);  // of each row: registers are short
+    Head* heads = (Head*)(totals + ROWS);
+    float* tops = (float*)(heads + 2);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, h = blockIdx.y;
+    const i64 row_first = (i64)blockIdx.z * ROWS;
+    const int split_first = (int)(page_first + blockIdx.x * split_pages), last = (int)min(page_end, split_first + split_pages);
+
+    if (threadIdx.x < ROWS) {
+        totals[threadIdx.x].clear();
+        tops[threadIdx.x] = LOWEST;
+    }
+    if (threadIdx.x < 2) heads[threadIdx.x] = (threadIdx.x ? value_heads : key_heads)[h];
+    __syncthreads();
+
+    // Asks for a page's chunk `warp` of keys and this warp's values; the first two warps ask for scales.
+    auto push = [&](u8* stage, int page, int key_entry, int value_entry) {
+        if (page < last) {
+            const Head head = heads[0], value_head = heads[1];
+            const u8* key_page = key_slab + (i64)key_entry * 512;
+            const u8* value_page = value_slab + (i64)value_entry * 512 + lane * 16;
+            const int word = lane >> 3, eight = lane & 7;
+            const u32 to = shared_address(stage) + warp * PIECE + word * 128 + (eight ^ (word | (warp & 1) << 2)) * 16;
+            KeyWalk walk{key_page, head, nullptr};
+            const u8* words = key_page + (i64)head.word_start * 1024 + eight * 16;
+            if (head.words)
+#pragma unroll 1
+                for (int u = 0; u < UNITS; u++) {
+                    copy_async(to + u * CHUNKS * PIECE, walk.word_at(words, warp, u * 8 + word));
+                    copy_async(to + u * CHUNKS * PIECE + PIECE / 2, walk.word_at(words, warp, u * 8 + word + 4));
+                }
+            const u32 own = shared_address(stage + KEY_BYTES) + warp * VALUE_WORDS * PIECE + lane * 16;
+#pragma unroll
+            for (int k = 0; k < VALUE_WORDS; k++) {
+                const u8* from = value_page + (i64)(value_head.word_start + warp * VALUE_WORDS + k) * 1024;
+                if (warp * VALUE_WORDS + k >= value_head.words) break;
+                copy_async(own + k * PIECE, from);
+                copy_async(own + k * PIECE + PIECE / 2, from + PIECE / 2);
+            }
+            const u32 scales = shared_address(stage + STAGE - 2 * 512) + lane * 16;
+            if (warp == 0) copy_async_or_zero(scales, key_page + lane * 16 + (i64)head.scale_start * 512, head.stored);
+            if (warp == 1) copy_async_or_zero(scales + 512, value_page + (i64)value_head.scale_start * 512, value_head.stored);
+        }
+        close_copies();
+    };
+    auto key_entry = [&](int page) { return key_table[min(page, last - 1)]; };
+    auto value_entry = [&](int page) { return value_table[min(page, last - 1)]; };
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) push(stages + i * STAGE, split_first + i, key_entry(split_first + i), value_entry(split_first + i));
+    int next_key = key_entry(split_first + STAGES - 1), next_value = value_entry(split_first + STAGES - 1);
+    Found(found_both).clear();
+    Found(found_both + FOUND_BYTES).clear();
+
+    await_previous_kernel();
+    prepare_queries(QueryBytes{queries}, constants,
+                    Queries{y + (i64)h * rows * y_stride, rows, row_first, y_stride, y_extra, unit, half_debias}, heads[0], nullptr,
+                    noise + h * y_extra);
+    await_copies<STAGES - 2>();
+    __syncthreads();
+
+    ManySums sum;
+    sum.clear();
+    int slot = 0;  // of the page's stage
+#pragma unroll 1
+    for (int page = split_first; page < last; page++, slot = slot == STAGES - 1 ? 0 : slot + 1) {
+        const int number = page - split_first, of_round = number % 8;
+        const Found found(found_both + number / 8 % 2 * FOUND_BYTES);
+        const u8* stage = stages + slot * STAGE;
+        const u16* scales = (const u16*)(stage + STAGE - 2 * 512);
+        const i64 start = (i64)page * PAGE;
+        const int from = (int)max(0ll, min(first - start, (i64)PAGE)), to = (int)min(end - start, (i64)PAGE);
+        Logits x;
+        float top[OWN], most[OWN];
+        score_page(x, stage, queries, constants, scales, cap);
+        if (from != 0 || to != PAGE)
+#pragma unroll
+            for (int i = 0; i < OWN * CHUNKS; i++)
+                x[i / CHUNKS][i % CHUNKS] = in_range(32 * (i % CHUNKS) + 4 * warp + t, from, to) ? x[i / CHUNKS][i % CHUNKS] : LOWEST;
+        const int mine = of_round * ROWS + row_of(t);
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            top[i] = LOWEST / 2;  // above LOWEST: no token weighs 0
+#pragma unroll
+            for (int c = 0; c < CHUNKS; c++) top[i] = fmaxf(top[i], x[i][c]);
+            top[i] = fmaxf(top[i], __shfl_xor_sync(ALL_LANES, top[i], 1));
+            top[i] = fmaxf(top[i], __shfl_xor_sync(ALL_LANES, top[i], 2));
+        }
+        if (t < OWN) atomicMax(found.top + mine, ordered(ceilf(pick(top, t))));
+        __syncthreads();
+        // All warps are done with the page before.
+        push(stages + (slot ? slot - 1 : STAGES - 1) * STAGE, page + STAGES - 1, next_key, next_value);
+        next_key = key_entry(page + STAGES);
+        next_value = value_entry(page + STAGES);
+        if (of_round == 0) Found(found_both + (number / 8 + 1) % 2 * FOUND_BYTES).clear();
+        float alphas[CHUNKS];
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) alphas[c] = low_half(clamp_halves(scales[PAGE + 32 * c + 4 * warp + t]));
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            top[i] = found.page_top(of_round, row_of(i));
+            float total = 0;
+            most[i] = 0;
+#pragma unroll
+            for (int c = 0; c < CHUNKS; c++) {
+                const float p = exp2_fast(x[i][c] - top[i]);
+                total += p;
+                x[i][c] = p * alphas[c];
+                most[i] = fmaxf(most[i], x[i][c]);
+            }
+            total += __shfl_xor_sync(ALL_LANES, total, 1);
+            total += __shfl_xor_sync(ALL_LANES, total, 2);
+            most[i] = fmaxf(most[i], __shfl_xor_sync(ALL_LANES, most[i], 1));
+            most[i] = fmaxf(most[i], __shfl_xor_sync(ALL_LANES, most[i], 2));
+            if (t == i) found.totals[mine * WARPS + warp] = total;
+        }
+        if (t < OWN) atomicMax(found.most + mine, __float_as_int(pick(most, t)));
+        __syncthreads();
+        const float largest = t < OWN ? __int_as_float(found.most[mine]) : 0;
+        const float inverse = largest > 1e-30f ? WEIGHT_MOST / largest : 0;
+        u32 weight[OWN];
+        u8* const bytes = weights + (g * 4 + (warp >> 1 ^ g >> 1)) * 16 + (t >> 1) * 8 + (warp & 1) * 2 + (t & 1);
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            const float scale = __shfl_sync(ALL_LANES, inverse, (lane & 28) + i);
+            weight[i] = 0;
+#pragma unroll
+            for (int c = 0; c < CHUNKS; c++) {
+                const u32 integer = __float_as_uint(fmaf(x[i][c], scale, OFFSET));
+                u8* at = bytes + (c * ROW_BLOCKS + (i >> 1)) * FRAGMENT + (i & 1) * 4;
+                *at = (u8)integer;
+                if (WEIGHT_HALVES > 1) at[CHUNKS * ROW_BLOCKS * FRAGMENT] = (u8)(integer >> 8);
+                weight[i] += integer;
+            }
+            weight[i] -= CHUNKS * (u32)FLOATING;
+            weight[i] += __shfl_xor_sync(ALL_LANES, weight[i], 1);
+            weight[i] += __shfl_xor_sync(ALL_LANES, weight[i], 2);
+            if (t == i) atomicAdd(found.weight + mine, (int)weight[i]);
+        }
+        await_copies<STAGES - 2>();  // the next page is there
+        __syncthreads();
+        if (warp < ROW_TILES && (of_round == 7 || page == last - 1)) {
+            float stats[STATS], unused[1];
+            found.stats(stats, min(g, of_round), 4 * warp + t);
+            Totals own = totals[4 * warp + t];
+            own.take(stats, g <= of_round, unused);
+            if (g == 0) totals[4 * warp + t] = own;
+        }
+        float units[OWN];
+        sum.begin_page(found, of_round, tops + number % 2 * ROWS, tops + (number + 1) % 2 * ROWS, units);
+#pragma unroll
+        for (int k = 0; k < VALUE_WORDS; k++)
+            if (warp * VALUE_WORDS + k < heads[1].words) sum.add(k, stage + KEY_BYTES + (warp * VALUE_WORDS + k) * PIECE, weights, units);
+    }
+    __syncthreads();
+    const i64 record = ((i64)h * gridDim.x + blockIdx.x) * rows + row_first, present = rows - row_first;
+    sum.store(partials + record * width, totals, width, present, heads[1].words);
+    if (threadIdx.x < ROWS && threadIdx.x < present) totals[threadIdx.x].store(sums + (record + threadIdx.x) * SUMS);
+}
