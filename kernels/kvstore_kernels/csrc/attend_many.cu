@@ -21,25 +21,37 @@
 #define KEY_BYTES (UNITS * CHUNKS * PIECE)
 #define STAGE (KEY_BYTES + WARPS * VALUE_WORDS * PIECE + 2 * 512)
 #define ALL_WEIGHTS (WEIGHT_HALVES * CHUNKS * ROW_BLOCKS * FRAGMENT)
+#define SMALL_SUMS (UNITS == 1 && PLANES == 8)  // ONE times them stays below 2^22
+#define SMALL_WEIGHTS (WEIGHT_PLANES == 8)     // ONE times their sums stays below 2^23
+#define WEIGHTS_ZERO 8388608.0f
 #define ROUND (8 * ROWS)  // a page's number for each row and page of a round
 
 // C + A B: A is 16 rows x 32 bytes of type T, B 32 bytes x 8 columns. Lane (g, t) holds of A the bytes 4t .. 4t + 3 of rows g and
 // g + 8, then 4t + 16 .. of both; of B those of column g; of C what mma_and_popc says.
-#define MMA_BYTES(name, T)                                                                                              \
-    __device__ __forceinline__ void name(Accumulators& c, uint4 a, u32 b0, u32 b1) {                                     \
-        asm("mma.sync.aligned.m16n8k32.row.col.s32." T ".u8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"      \
-            : "+r"(c.x), "+r"(c.y), "+r"(c.z), "+r"(c.w)                                                               \
-            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));                                               \
+#define MMA_BYTES(name, T)                                                                                                   \
+    __device__ __forceinline__ void name(Accumulators& d, uint4 a, u32 b0, u32 b1, Accumulators c) {                         \
+        asm("mma.sync.aligned.m16n8k32.row.col.s32." T ".u8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%12,%13};"       \
+            : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w)                                                                    \
+            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "r"(c.x), "r"(c.y), "r"(c.z), "r"(c.w));            \
     }
 MMA_BYTES(mma_signed, "s8")
 MMA_BYTES(mma_unsigned, "u8")
 
-// Sums so far times 2^bits, in the bits of floats from here on.
-__device__ __forceinline__ void shift_up(Accumulators& c, int bits) {
-    c = {(c.x << bits) + FLOATING, (c.y << bits) + FLOATING, (c.z << bits) + FLOATING, (c.w << bits) + FLOATING};
-}
+// Bit `bit` of each byte as a byte 128 or 0: what is summed counts ONE. A left shift can be a multiplication, which the
+// busier of the integer pipes does not see.
+#define ONE_BITS 7
+#define ONE (1 << ONE_BITS)
+__device__ __forceinline__ u32 bytes_of(u32 word, int bit) { return word << (7 - bit) & 0x80808080; }
 
-__device__ __forceinline__ u32 bytes_of(u32 word, int bit) { return word >> bit & 0x01010101; }
+__device__ __forceinline__ Accumulators all(int v) { return Accumulators{v, v, v, v}; }
+
+// Sums of ONE that are to have so many more bits below them.
+__device__ __forceinline__ void shift_up(Accumulators& c, int bits) { c = {c.x << bits, c.y << bits, c.z << bits, c.w << bits}; }
+
+// Sums as floats. Small ones began at `start` and are the bits of floats above `zero`.
+__device__ __forceinline__ float number(bool small, int sum, float zero) {
+    return small ? __int_as_float(sum) - zero : __int_as_float((sum >> ONE_BITS) + FLOATING) - OFFSET;
+}
 
 // Integers in the order of floats.
 __device__ __forceinline__ int ordered(float v) {
@@ -98,12 +110,16 @@ struct Found {
 };
 #define FOUND_BYTES (ROUND * 4 * (3 + WARPS))
 
-// The four lanes of a row each name a different of its OWN rows: v[t], and the row's number.
-__device__ __forceinline__ float pick(const float (&v)[OWN], int t) {
-    float own = v[0];
+// Of the OWN rows that four lanes t have in common, joined over them: lane t < OWN gets row t's. Lanes t and t ^ 1 are joined first.
+template <class T, class Join>
+__device__ __forceinline__ T join_lanes(const T (&v)[OWN], Join join) {
+    const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+    T pair[ROW_BLOCKS];
 #pragma unroll
-    for (int i = 1; i < OWN; i++) own = t == i ? v[i] : own;
-    return own;
+    for (int m = 0; m < ROW_BLOCKS; m++)
+        pair[m] = join(odd ? v[2 * m + 1] : v[2 * m], __shfl_xor_sync(ALL_LANES, odd ? v[2 * m] : v[2 * m + 1], 1));
+    if (ROW_BLOCKS == 1) return join(pair[0], __shfl_xor_sync(ALL_LANES, pair[0], 2));
+    return join(upper ? pair[ROW_BLOCKS - 1] : pair[0], __shfl_xor_sync(ALL_LANES, upper ? pair[0] : pair[ROW_BLOCKS - 1], 2));
 }
 
 __device__ __forceinline__ int row_of(int i) { return ((threadIdx.x & 31) >> 2) + 8 * i; }
@@ -111,17 +127,15 @@ __device__ __forceinline__ int row_of(int i) { return ((threadIdx.x & 31) >> 2) 
 // This lane's logits, of rows row_of(i) and tokens 32 c + 4 warp + t.
 typedef float Logits[OWN][CHUNKS];
 
-__device__ __forceinline__ void score_page(Logits& x, const u8* keys, const u8* queries, const float* constants, const u16* scales, float cap) {
+__device__ __forceinline__ void score_page(Logits& x, const u8* keys, const u8* queries, const float4* rows, const u16* scales, float cap) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = lane & 3, token = lane >> 3;
     // Column 2 t + e of product j is token t of the warp's four in chunk 2 j + e.
     const int place = ((token & 1) ^ (warp >> 1 & 1)) * 2 + (token >> 1), odd = lane >> 2 & 1;
     const u8* from = keys + odd * PIECE + t * 128 + (warp ^ (t | odd << 2)) * 16 + place * 4;
     Accumulators sums[ROW_BLOCKS][4];
+    if (!SMALL_SUMS)
 #pragma unroll
-    for (int i = 0; i < ROW_BLOCKS * 4; i++) {
-        const int start = LOW_BITS ? 0 : FLOATING;
-        sums[i / 4][i % 4] = {start, start, start, start};
-    }
+        for (int i = 0; i < ROW_BLOCKS * 4; i++) sums[i / 4][i % 4] = all(0);
 #pragma unroll 1
     for (int pass = 0; pass < HALVES * UNITS; pass++) {
         if (LOW_BITS && pass == UNITS)
@@ -140,7 +154,8 @@ __device__ __forceinline__ void score_page(Logits& x, const u8* keys, const u8* 
             for (int j = 0; j < 4; j++) {
                 const u32 b0 = bytes_of(words[j][0], bit), b1 = bytes_of(words[j][1], bit);
 #pragma unroll
-                for (int m = 0; m < ROW_BLOCKS; m++) mma_signed(sums[m][j], a[m], b0, b1);
+                for (int m = 0; m < ROW_BLOCKS; m++)
+                    mma_signed(sums[m][j], a[m], b0, b1, SMALL_SUMS && bit == 0 ? all(FLOATING) : sums[m][j]);
             }
         }
     }
@@ -149,15 +164,14 @@ __device__ __forceinline__ void score_page(Logits& x, const u8* keys, const u8* 
     for (int c = 0; c < CHUNKS; c++) alphas[c] = from_half(scales[32 * c + 4 * warp + t]);
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
-        const float* row = constants + row_of(i) * ROW_CONSTANTS;
-        const float base = row[0], slope = row[SLOPE(0)], shift = row[SHIFT(0)], spread = DEBIAS ? row[SPREAD(0)] : 0;
+        const float4 row = rows[row_of(i)];
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) {
             const Accumulators& sum = sums[i >> 1][c >> 1];
             const int own = i & 1 ? (c & 1 ? sum.w : sum.z) : (c & 1 ? sum.y : sum.x);
-            float inner = fmaf(slope, __int_as_float(own) - OFFSET, shift);
-            if (DEBIAS) inner = fmaf(alphas[c], spread, inner);
-            const float logit = fmaf(alphas[c], inner, base);
+            float inner = fmaf(row.y, number(SMALL_SUMS, own, OFFSET), row.z);
+            if (DEBIAS) inner = fmaf(alphas[c], row.w, inner);
+            const float logit = fmaf(alphas[c], inner, row.x);
             x[i][c] = SOFT_CAP ? cap * tanh_of(logit) : logit;
         }
     }
@@ -180,7 +194,7 @@ struct ManySums {
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
             const float top = tops[row_of(i)], page_top = found.page_top(page, row_of(i)), highest = fmaxf(top, page_top);
-            unit[i] = found.unit(page, row_of(i)) * exp2_fast(page_top - highest);
+            unit[i] = found.unit(page, row_of(i)) * exp2_fast(page_top - highest) * (SMALL_WEIGHTS ? 1.0f / ONE : 1.0f);
             factor[i] = exp2_fast(top - highest);
             grows = grows || factor[i] != 1;
             if (threadIdx.x < 32 && threadIdx.x % 4 == 0) next_tops[row_of(i)] = highest;
@@ -198,11 +212,9 @@ struct ManySums {
         const u32 words[4][2] = {{a[0].x, a[0].z}, {a[0].y, a[0].w}, {a[1].x, a[1].z}, {a[1].y, a[1].w}};
         const uint4* from = (const uint4*)weights + (g * 4 + (t ^ g >> 1));
         Accumulators sums[4][ROW_BLOCKS];
+        if (!SMALL_WEIGHTS)
 #pragma unroll
-        for (int i = 0; i < 4 * ROW_BLOCKS; i++) {
-            const int start = WEIGHT_HALVES > 1 ? 0 : FLOATING;
-            sums[i / ROW_BLOCKS][i % ROW_BLOCKS] = {start, start, start, start};
-        }
+            for (int i = 0; i < 4 * ROW_BLOCKS; i++) sums[i / ROW_BLOCKS][i % ROW_BLOCKS] = all(0);
 #pragma unroll 1
         for (int half = WEIGHT_HALVES - 1; half >= 0; half--) {
 #pragma unroll
@@ -214,7 +226,8 @@ struct ManySums {
                 for (int n = 0; n < 4; n++) {
                     const u32 b0 = bytes_of(words[n][0], c), b1 = bytes_of(words[n][1], c);
 #pragma unroll
-                    for (int m = 0; m < ROW_BLOCKS; m++) mma_unsigned(sums[n][m], w[m], b0, b1);
+                    for (int m = 0; m < ROW_BLOCKS; m++)
+                        mma_unsigned(sums[n][m], w[m], b0, b1, SMALL_WEIGHTS && c == 0 ? all(__float_as_int(WEIGHTS_ZERO)) : sums[n][m]);
                 }
             }
             if (WEIGHT_HALVES > 1 && half)
@@ -226,7 +239,7 @@ struct ManySums {
             const int n = i / ROW_BLOCKS, m = i % ROW_BLOCKS;
             const int counts[4] = {sums[n][m].x, sums[n][m].y, sums[n][m].z, sums[n][m].w};
 #pragma unroll
-            for (int j = 0; j < 4; j++) rows[k][n][m][j] = fmaf(unit[2 * m + (j >> 1)], __int_as_float(counts[j]) - OFFSET, rows[k][n][m][j]);
+            for (int j = 0; j < 4; j++) rows[k][n][m][j] = fmaf(unit[2 * m + (j >> 1)], number(SMALL_WEIGHTS, counts[j], WEIGHTS_ZERO), rows[k][n][m][j]);
         }
     }
 
@@ -265,6 +278,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     Totals* totals = (Totals*)(constants + ROWS * ROW_CONSTANTS);  // of each row: registers are short
     Head* heads = (Head*)(totals + ROWS);
     float* tops = (float*)(heads + 2);
+    float4* row_constants = (float4*)(tops + 2 * ROWS);  // constant, slope of a sum as score_page has it, shift, spread
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, h = blockIdx.y;
     const i64 row_first = (i64)blockIdx.z * ROWS;
     const int split_first = (int)(page_first + blockIdx.x * split_pages), last = (int)min(page_end, split_first + split_pages);
@@ -276,33 +290,33 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     if (threadIdx.x < 2) heads[threadIdx.x] = (threadIdx.x ? value_heads : key_heads)[h];
     __syncthreads();
 
+    // Where in a page this lane's pieces of keys begin, of the words t and t + 4 of each unit; any other if it reads no such word.
+    int* pieces = (int*)(row_constants + ROWS) + threadIdx.x;
+    {
+        const Head head = heads[0];
+        KeyWalk walk{nullptr, head, nullptr};
+        const int word = lane >> 3, eight = lane & 7;
+        for (int i = 0; i < 2 * UNITS; i++)
+            pieces[i * WARPS * 32] = (int)((i64)walk.word_at((const u8*)0, warp, i * 4 + word)) + head.word_start * 1024 + eight * 16;
+    }
     // Asks for a page's chunk `warp` of keys and this warp's values; the first two warps ask for scales.
     auto push = [&](u8* stage, int page, int key_entry, int value_entry) {
         if (page < last) {
-            const Head head = heads[0], value_head = heads[1];
             const u8* key_page = key_slab + (i64)key_entry * 512;
             const u8* value_page = value_slab + (i64)value_entry * 512 + lane * 16;
-            const int word = lane >> 3, eight = lane & 7;
-            const u32 to = shared_address(stage) + warp * PIECE + word * 128 + (eight ^ (word | (warp & 1) << 2)) * 16;
-            KeyWalk walk{key_page, head, nullptr};
-            const u8* words = key_page + (i64)head.word_start * 1024 + eight * 16;
-            if (head.words)
-#pragma unroll 1
-                for (int u = 0; u < UNITS; u++) {
-                    copy_async(to + u * CHUNKS * PIECE, walk.word_at(words, warp, u * 8 + word));
-                    copy_async(to + u * CHUNKS * PIECE + PIECE / 2, walk.word_at(words, warp, u * 8 + word + 4));
-                }
-            const u32 own = shared_address(stage + KEY_BYTES) + warp * VALUE_WORDS * PIECE + lane * 16;
+            const u32 to = shared_address(stage) + warp * PIECE + lane / 8 * 128 + ((lane & 7) ^ (lane / 8 | (warp & 1) << 2)) * 16;
+            const int words = heads[1].words - warp * VALUE_WORDS;
+            if (heads[0].words)
 #pragma unroll
-            for (int k = 0; k < VALUE_WORDS; k++) {
-                const u8* from = value_page + (i64)(value_head.word_start + warp * VALUE_WORDS + k) * 1024;
-                if (warp * VALUE_WORDS + k >= value_head.words) break;
-                copy_async(own + k * PIECE, from);
-                copy_async(own + k * PIECE + PIECE / 2, from + PIECE / 2);
-            }
+                for (int i = 0; i < 2 * UNITS; i++) copy_async(to + i / 2 * CHUNKS * PIECE + i % 2 * (PIECE / 2), key_page + pieces[i * WARPS * 32]);
+            const u32 own = shared_address(stage + KEY_BYTES) + warp * VALUE_WORDS * PIECE + lane * 16;
+            const u8* from = value_page + (heads[1].word_start + warp * VALUE_WORDS) * 1024;
+#pragma unroll
+            for (int i = 0; i < 2 * VALUE_WORDS; i++)
+                if (i / 2 < words) copy_async(own + i * (PIECE / 2), from + i * (PIECE / 2));
             const u32 scales = shared_address(stage + STAGE - 2 * 512) + lane * 16;
-            if (warp == 0) copy_async_or_zero(scales, key_page + lane * 16 + (i64)head.scale_start * 512, head.stored);
-            if (warp == 1) copy_async_or_zero(scales + 512, value_page + (i64)value_head.scale_start * 512, value_head.stored);
+            if (warp == 0) copy_async_or_zero(scales, key_page + lane * 16 + heads[0].scale_start * 512, heads[0].stored);
+            if (warp == 1) copy_async_or_zero(scales + 512, value_page + heads[1].scale_start * 512, heads[1].stored);
         }
         close_copies();
     };
@@ -320,6 +334,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
                     noise + h * y_extra);
     await_copies<STAGES - 2>();
     __syncthreads();
+    if (threadIdx.x < ROWS) {
+        const float* own = constants + threadIdx.x * ROW_CONSTANTS;
+        row_constants[threadIdx.x] = {own[0], own[SLOPE(0)] * (SMALL_SUMS ? 1.0f / ONE : 1.0f), own[SHIFT(0)], own[SPREAD(0)]};
+    }
+    __syncthreads();
 
     ManySums sum;
     sum.clear();
@@ -333,22 +352,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         const i64 start = (i64)page * PAGE;
         const int from = (int)max(0ll, min(first - start, (i64)PAGE)), to = (int)min(end - start, (i64)PAGE);
         Logits x;
-        float top[OWN], most[OWN];
-        score_page(x, stage, queries, constants, scales, cap);
+        float found_of[OWN];
+        score_page(x, stage, queries, row_constants, scales, cap);
         if (from != 0 || to != PAGE)
 #pragma unroll
             for (int i = 0; i < OWN * CHUNKS; i++)
                 x[i / CHUNKS][i % CHUNKS] = in_range(32 * (i % CHUNKS) + 4 * warp + t, from, to) ? x[i / CHUNKS][i % CHUNKS] : LOWEST;
         const int mine = of_round * ROWS + row_of(t);
+        const auto larger = [](float a, float b) { return fmaxf(a, b); };
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
-            top[i] = LOWEST / 2;  // above LOWEST: no token weighs 0
+            found_of[i] = LOWEST / 2;  // above LOWEST: no token weighs 0
 #pragma unroll
-            for (int c = 0; c < CHUNKS; c++) top[i] = fmaxf(top[i], x[i][c]);
-            top[i] = fmaxf(top[i], __shfl_xor_sync(ALL_LANES, top[i], 1));
-            top[i] = fmaxf(top[i], __shfl_xor_sync(ALL_LANES, top[i], 2));
+            for (int c = 0; c < CHUNKS; c++) found_of[i] = fmaxf(found_of[i], x[i][c]);
         }
-        if (t < OWN) atomicMax(found.top + mine, ordered(ceilf(pick(top, t))));
+        const float top = join_lanes(found_of, larger);
+        if (t < OWN) atomicMax(found.top + mine, ordered(ceilf(top)));
         __syncthreads();
         // All warps are done with the page before.
         push(stages + (slot ? slot - 1 : STAGES - 1) * STAGE, page + STAGES - 1, next_key, next_value);
@@ -358,53 +377,51 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         float alphas[CHUNKS];
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) alphas[c] = low_half(clamp_halves(scales[PAGE + 32 * c + 4 * warp + t]));
+        float totals_of[OWN];
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
-            top[i] = found.page_top(of_round, row_of(i));
-            float total = 0;
-            most[i] = 0;
+            const float page_top = found.page_top(of_round, row_of(i));
+            totals_of[i] = found_of[i] = 0;
 #pragma unroll
             for (int c = 0; c < CHUNKS; c++) {
-                const float p = exp2_fast(x[i][c] - top[i]);
-                total += p;
+                const float p = exp2_fast(x[i][c] - page_top);
+                totals_of[i] += p;
                 x[i][c] = p * alphas[c];
-                most[i] = fmaxf(most[i], x[i][c]);
+                found_of[i] = fmaxf(found_of[i], x[i][c]);
             }
-            total += __shfl_xor_sync(ALL_LANES, total, 1);
-            total += __shfl_xor_sync(ALL_LANES, total, 2);
-            most[i] = fmaxf(most[i], __shfl_xor_sync(ALL_LANES, most[i], 1));
-            most[i] = fmaxf(most[i], __shfl_xor_sync(ALL_LANES, most[i], 2));
-            if (t == i) found.totals[mine * WARPS + warp] = total;
         }
-        if (t < OWN) atomicMax(found.most + mine, __float_as_int(pick(most, t)));
+        const float total = join_lanes(totals_of, [](float a, float b) { return a + b; }), most = join_lanes(found_of, larger);
+        if (t < OWN) {
+            found.totals[mine * WARPS + warp] = total;
+            atomicMax(found.most + mine, __float_as_int(most));
+        }
         __syncthreads();
         const float largest = t < OWN ? __int_as_float(found.most[mine]) : 0;
         const float inverse = largest > 1e-30f ? WEIGHT_MOST / largest : 0;
-        u32 weight[OWN];
+        u32 weights_of[OWN];
         u8* const bytes = weights + (g * 4 + (warp >> 1 ^ g >> 1)) * 16 + (t >> 1) * 8 + (warp & 1) * 2 + (t & 1);
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
             const float scale = __shfl_sync(ALL_LANES, inverse, (lane & 28) + i);
-            weight[i] = 0;
+            weights_of[i] = 0;
 #pragma unroll
             for (int c = 0; c < CHUNKS; c++) {
                 const u32 integer = __float_as_uint(fmaf(x[i][c], scale, OFFSET));
                 u8* at = bytes + (c * ROW_BLOCKS + (i >> 1)) * FRAGMENT + (i & 1) * 4;
                 *at = (u8)integer;
                 if (WEIGHT_HALVES > 1) at[CHUNKS * ROW_BLOCKS * FRAGMENT] = (u8)(integer >> 8);
-                weight[i] += integer;
+                weights_of[i] += integer;
             }
-            weight[i] -= CHUNKS * (u32)FLOATING;
-            weight[i] += __shfl_xor_sync(ALL_LANES, weight[i], 1);
-            weight[i] += __shfl_xor_sync(ALL_LANES, weight[i], 2);
-            if (t == i) atomicAdd(found.weight + mine, (int)weight[i]);
         }
+        const u32 weight = join_lanes(weights_of, [](u32 a, u32 b) { return a + b; });
+        if (t < OWN) atomicAdd(found.weight + mine, (int)(weight - PAGE / WARPS * (u32)FLOATING));
         await_copies<STAGES - 2>();  // the next page is there
         __syncthreads();
         if (warp < ROW_TILES && (of_round == 7 || page == last - 1)) {
             float stats[STATS], unused[1];
             found.stats(stats, min(g, of_round), 4 * warp + t);
             Totals own = totals[4 * warp + t];
+            __syncwarp();
             own.take(stats, g <= of_round, unused);
             if (g == 0) totals[4 * warp + t] = own;
         }

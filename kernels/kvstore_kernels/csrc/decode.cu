@@ -15,7 +15,8 @@
 // 16 r + 4 t + k of the step, where row 32 j + 2 p is e_1 + e_2 of pair p of word j and the next e_1 - e_2; column c of tile n is
 // channel 8 (c / 2) + 2 n + c % 2, so that a lane ends with eight neighbours. constants float [H][HEAD_DIM / 32][CONSTANTS][32]: mean,
 // the value of one unit of each group, f. out [N, H, HEAD_DIM] of OUT (0 float32, 1 float16, 2 bfloat16).
-// Macros: HEAD_DIM, STEPS (of the head that has most), GROUPS, OFFSETS, OUT, TILES, RESIDENT (factors in shared memory).
+// Macros: HEAD_DIM, STEPS (of the head that has most), GROUPS, OFFSETS, OUT, TILES, RESIDENT (factors in shared memory), BLOCKS (a
+// multiprocessor).
 #include "ptx.cuh"
 
 #define WARPS 4
@@ -107,7 +108,7 @@ struct Sums {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     decode(const u32* __restrict__ words, const u16* __restrict__ scales, const int* __restrict__ plans,
            const uint4* __restrict__ factors, const float* __restrict__ constants, void* __restrict__ out, i64 tokens, i64 width,
            i64 scale_count) {

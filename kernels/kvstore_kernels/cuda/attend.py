@@ -97,7 +97,7 @@ def _placed_many(m: build.Macros, rows: int, memory: int) -> build.Macros | None
     if not simple or m["UNITS"] * 8 * WORD_ROWS << m["PLANES"] - 1 >= EXACT_SUM:
         return None
     tiles = 8 if rows > BLOCK_ROWS and 8 * m["VALUE_WORDS"] <= MANY_SUMS_MOST else 4
-    light = tiles * m["VALUE_WORDS"] <= 8
+    light = tiles * m["VALUE_WORDS"] <= (8 if m["WEIGHT_PLANES"] == 8 else 4)
     for blocks, stages in ((2, 3), (2, 2), (1, 3), (1, 2)):
         most = memory // blocks - RESERVED_BYTES * (3 - blocks)
         placed = {**m, "ROW_TILES": tiles, "BLOCKS": blocks, "STAGES": stages}
@@ -122,8 +122,9 @@ def _shared_bytes_many(m: build.Macros) -> int:
     queries = (1 + (m["PLANES"] > 8)) * m["UNITS"] * blocks * 8 * fragment
     weights = (1 + (m["WEIGHT_PLANES"] > 8)) * 8 * blocks * fragment
     found = 8 * rows * 4 * (3 + WARPS)
-    row = 4 * (5 + 4 + 2)  # constants, totals, two tops
-    return m["STAGES"] * stage + queries + weights + 2 * found + rows * row + 32
+    row = 4 * (5 + 4 + 2 + 4)  # constants, totals, two tops, constants again
+    pieces = 2 * m["UNITS"] * WARPS * 32 * 4
+    return m["STAGES"] * stage + queries + weights + 2 * found + rows * row + 32 + pieces
 
 
 def _shared_bytes_few(m: build.Macros) -> int:

@@ -15,10 +15,8 @@ SLICE = 32
 """Channels of a block."""
 WARPS = 4
 TILE_TOKENS = 16
-PLACES = ((4, 1), (2, 1), (2, 0), (1, 0))
-"""Tiles of a warp, and whether factors lie in shared memory; best first, the first for one group alone."""
-BLOCKS = 2
-"""A multiprocessor holds."""
+PLACES = ((3, 1, 3), (2, 1, 2), (2, 0, 2), (1, 0, 2))
+"""Tiles of a warp, whether factors lie in shared memory, blocks of a multiprocessor; best first, the first for one group."""
 SHARED_MOST = 160 * 1024
 """Bytes that every device has."""
 SIGN = 64
@@ -52,8 +50,8 @@ def macros(expansion: Expansion, steps: int, dtype: torch.dtype) -> build.Macros
         "OFFSETS": int(expansion.layout.has_offsets),
         "OUT": OUT_DTYPES[dtype],
     }
-    for tiles, resident in PLACES if m["GROUPS"] == 1 else PLACES[1:]:
-        placed = {**m, "TILES": tiles, "RESIDENT": resident}
+    for tiles, resident, blocks in PLACES if m["GROUPS"] == 1 else PLACES[1:]:
+        placed = {**m, "TILES": tiles, "RESIDENT": resident, "BLOCKS": blocks}
         if shared_bytes(placed) <= SHARED_MOST:
             return placed
     raise ValueError(f"a sketch of {2 * steps} words a head does not fit {SHARED_MOST} bytes of shared memory")
@@ -88,7 +86,7 @@ def decode(signs: Signs, expansion: Expansion, dtype: torch.dtype = torch.float3
         return out
     slices, shared = layout.head_dim // SLICE, shared_bytes(m)
     most = -(-tokens // (WARPS * TILE_TOKENS * m["TILES"]))
-    blocks = max(1, min(most, BLOCKS * build.multiprocessors(device) // (slices * layout.heads)))
+    blocks = max(1, min(most, m["BLOCKS"] * build.multiprocessors(device) // (slices * layout.heads)))
     build.kernel("decode", device, m, shared).launch(
         (blocks, slices, layout.heads), WARPS * 32, shared, signs.words.contiguous(), signs.scales.contiguous(),
         factors.plans, factors.bytes, factors.constants, out, tokens, layout.words, layout.scales,
