@@ -127,7 +127,29 @@ __device__ __forceinline__ int row_of(int i) { return ((threadIdx.x & 31) >> 2) 
 // This lane's logits, of rows row_of(i) and tokens 32 c + 4 warp + t.
 typedef float Logits[OWN][CHUNKS];
 
-__device__ __forceinline__ void score_page(Logits& x, const u8* keys, const u8* queries, const float4* rows, const u16* scales, float cap) {
+// The scales of a page's keys and of its values as floats, [WARPS][4 t][8 c] each; the first warp makes those of keys, of the 16
+// bytes that each lane has asked for, the second those of values.
+__device__ __forceinline__ void convert_scales(float* alphas, const u8* halves, const Head* heads) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    if (warp > 1) return;
+    const uint4 pairs = *(const uint4*)(halves + warp * 512 + lane * 16);
+    const u32 own[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+    const bool stored = heads[warp].stored;
+    alphas += warp * PAGE + (lane & 3) * 64 + (lane >> 2);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const u32 pair = warp ? clamp_halves(own[i >> 1]) : own[i >> 1];
+        alphas[i * 8] = stored ? i & 1 ? high_half(pair) : low_half(pair) : 0;
+    }
+}
+
+__device__ __forceinline__ void load_alphas(float (&v)[CHUNKS], const float* alphas) {
+    const float4* from = (const float4*)(alphas + ((threadIdx.x >> 5) * 4 + (threadIdx.x & 3)) * CHUNKS);
+    const float4 a = from[0], b = from[1];
+    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+
+__device__ __forceinline__ void score_page(Logits& x, const u8* keys, const u8* queries, const float4* rows, const float* key_alphas, float cap) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = lane & 3, token = lane >> 3;
     // Column 2 t + e of product j is token t of the warp's four in chunk 2 j + e.
     const int place = ((token & 1) ^ (warp >> 1 & 1)) * 2 + (token >> 1), odd = lane >> 2 & 1;
@@ -160,8 +182,7 @@ __device__ __forceinline__ void score_page(Logits& x, const u8* keys, const u8* 
         }
     }
     float alphas[CHUNKS];
-#pragma unroll
-    for (int c = 0; c < CHUNKS; c++) alphas[c] = from_half(scales[32 * c + 4 * warp + t]);
+    load_alphas(alphas, key_alphas);
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
         const float4 row = rows[row_of(i)];
@@ -177,6 +198,36 @@ __device__ __forceinline__ void score_page(Logits& x, const u8* keys, const u8* 
     }
 }
 
+// What a page needs to be added to sums that are relative to another power of two; one thread a row keeps it.
+struct Room {
+    float *unit, *factor, *top;  // [8 g][OWN] what one weight counts and what sums so far have to be multiplied by; [ROWS]
+    int* grows;                  // whether any factor is not 1
+
+    __device__ __forceinline__ explicit Room(u8* shared) : unit((float*)shared), factor(unit + ROWS), top(factor + ROWS), grows((int*)(top + ROWS)) {}
+
+    // By the first warp.
+    __device__ __forceinline__ void make(const Found& found, int page) const {
+        const int row = threadIdx.x;
+        bool grew = false;
+        if (row < ROWS) {
+            const int at = (row & 7) * OWN + (row >> 3);
+            const float page_top = found.page_top(page, row), highest = fmaxf(top[row], page_top), own = exp2_fast(top[row] - highest);
+            unit[at] = found.unit(page, row) * exp2_fast(page_top - highest) * (SMALL_WEIGHTS ? 1.0f / ONE : 1.0f);
+            factor[at] = own;
+            top[row] = highest;
+            grew = own != 1;
+        }
+        grew = __any_sync(ALL_LANES, grew);
+        if (row == 0) *grows = grew;
+    }
+};
+#define ROOM_BYTES (ROWS * 12 + 16)
+
+__device__ __forceinline__ void load_own(float (&v)[OWN], const float* from) {
+#pragma unroll
+    for (int i = 0; i < OWN; i++) v[i] = from[((threadIdx.x & 31) >> 2) * OWN + i];
+}
+
 // A warp's sums over its value rows: of the rows of A and columns 2t, 2t + 1 of eight value rows.
 struct ManySums {
     float rows[VALUE_WORDS][4][ROW_BLOCKS][4];
@@ -186,23 +237,10 @@ struct ManySums {
         for (int i = 0; i < VALUE_WORDS * ROW_BLOCKS * 16; i++) rows[i / (ROW_BLOCKS * 16)][i / (ROW_BLOCKS * 4) % 4][i / 4 % ROW_BLOCKS][i % 4] = 0;
     }
 
-    // Makes room for a page of the round; `unit` becomes what one weight of it counts. `tops` [ROWS] has what sums so far are
-    // relative to, and `next_tops` will.
-    __device__ __forceinline__ void begin_page(const Found& found, int page, const float* tops, float* next_tops, float (&unit)[OWN]) {
-        bool grows = false;
-        float factor[OWN];
+    __device__ __forceinline__ void scale(const float (&factor)[OWN]) {
 #pragma unroll
-        for (int i = 0; i < OWN; i++) {
-            const float top = tops[row_of(i)], page_top = found.page_top(page, row_of(i)), highest = fmaxf(top, page_top);
-            unit[i] = found.unit(page, row_of(i)) * exp2_fast(page_top - highest) * (SMALL_WEIGHTS ? 1.0f / ONE : 1.0f);
-            factor[i] = exp2_fast(top - highest);
-            grows = grows || factor[i] != 1;
-            if (threadIdx.x < 32 && threadIdx.x % 4 == 0) next_tops[row_of(i)] = highest;
-        }
-        if (__any_sync(ALL_LANES, grows))
-#pragma unroll
-            for (int i = 0; i < VALUE_WORDS * ROW_BLOCKS * 16; i++)
-                rows[i / (ROW_BLOCKS * 16)][i / (ROW_BLOCKS * 4) % 4][i / 4 % ROW_BLOCKS][i % 4] *= factor[i / 4 % ROW_BLOCKS * 2 + i / 2 % 2];
+        for (int i = 0; i < VALUE_WORDS * ROW_BLOCKS * 16; i++)
+            rows[i / (ROW_BLOCKS * 16)][i / (ROW_BLOCKS * 4) % 4][i / 4 % ROW_BLOCKS][i % 4] *= factor[i / 4 % ROW_BLOCKS * 2 + i / 2 % 2];
     }
 
     // Adds word k of this warp's, whose bits are at `values`.
@@ -277,53 +315,63 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     float* constants = (float*)(found_both + 2 * FOUND_BYTES);
     Totals* totals = (Totals*)(constants + ROWS * ROW_CONSTANTS);  // of each row: registers are short
     Head* heads = (Head*)(totals + ROWS);
-    float* tops = (float*)(heads + 2);
-    float4* row_constants = (float4*)(tops + 2 * ROWS);  // constant, slope of a sum as score_page has it, shift, spread
+    float4* row_constants = (float4*)(heads + 2);  // constant, slope of a sum as score_page has it, shift, spread
+    float* alphas_of_page = (float*)(row_constants + ROWS);
+    const Room room((u8*)(alphas_of_page + 2 * PAGE));
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, h = blockIdx.y;
     const i64 row_first = (i64)blockIdx.z * ROWS;
     const int split_first = (int)(page_first + blockIdx.x * split_pages), last = (int)min(page_end, split_first + split_pages);
 
     if (threadIdx.x < ROWS) {
         totals[threadIdx.x].clear();
-        tops[threadIdx.x] = LOWEST;
+        room.top[threadIdx.x] = LOWEST;
     }
     if (threadIdx.x < 2) heads[threadIdx.x] = (threadIdx.x ? value_heads : key_heads)[h];
     __syncthreads();
 
-    // Where in a page this lane's pieces of keys begin, of the words t and t + 4 of each unit; any other if it reads no such word.
-    int* pieces = (int*)(row_constants + ROWS) + threadIdx.x;
+    // Where in a page lies what this thread asks for: of keys the chunk `warp` of words t and t + 4 of each unit (any other if a
+    // level reads no such word), the warp's words of values, in the first two warps scales; -1 if there is nothing.
+    int* places = (int*)((u8*)room.unit + ROOM_BYTES) + threadIdx.x;
     {
-        const Head head = heads[0];
-        KeyWalk walk{nullptr, head, nullptr};
-        const int word = lane >> 3, eight = lane & 7;
-        for (int i = 0; i < 2 * UNITS; i++)
-            pieces[i * WARPS * 32] = (int)((i64)walk.word_at((const u8*)0, warp, i * 4 + word)) + head.word_start * 1024 + eight * 16;
+        const Head head = heads[0], value_head = heads[1];
+        const KeyWalk walk{nullptr, head, nullptr};
+        for (int i = 0; i < 2 * UNITS; i++) {
+            const int at = (int)((i64)walk.word_at((const u8*)0, warp, i * 4 + lane / 8)) + head.word_start * 1024 + lane % 8 * 16;
+            places[i * WARPS * 32] = head.words ? at : -1;
+        }
+        for (int k = 0; k < VALUE_WORDS; k++) {
+            const int word = warp * VALUE_WORDS + k;
+            places[(2 * UNITS + k) * WARPS * 32] = word < value_head.words ? (value_head.word_start + word) * 1024 + lane * 16 : -1;
+        }
+        const Head scaled = heads[warp & 1];
+        places[(2 * UNITS + VALUE_WORDS) * WARPS * 32] = warp < 2 && scaled.stored ? scaled.scale_start * 512 + lane * 16 : -1;
     }
-    // Asks for a page's chunk `warp` of keys and this warp's values; the first two warps ask for scales.
-    auto push = [&](u8* stage, int page, int key_entry, int value_entry) {
-        if (page < last) {
-            const u8* key_page = key_slab + (i64)key_entry * 512;
-            const u8* value_page = value_slab + (i64)value_entry * 512 + lane * 16;
-            const u32 to = shared_address(stage) + warp * PIECE + lane / 8 * 128 + ((lane & 7) ^ (lane / 8 | (warp & 1) << 2)) * 16;
-            const int words = heads[1].words - warp * VALUE_WORDS;
-            if (heads[0].words)
+    auto push = [&](u8* stage, int key_entry, int value_entry) {
+        const u8 *key_page = key_slab + (i64)key_entry * 512, *value_page = value_slab + (i64)value_entry * 512;
+        const u32 to = shared_address(stage) + warp * PIECE + lane / 8 * 128 + ((lane & 7) ^ (lane / 8 | (warp & 1) << 2)) * 16;
+        const u32 own = shared_address(stage + KEY_BYTES) + warp * VALUE_WORDS * PIECE + lane * 16;
 #pragma unroll
-                for (int i = 0; i < 2 * UNITS; i++) copy_async(to + i / 2 * CHUNKS * PIECE + i % 2 * (PIECE / 2), key_page + pieces[i * WARPS * 32]);
-            const u32 own = shared_address(stage + KEY_BYTES) + warp * VALUE_WORDS * PIECE + lane * 16;
-            const u8* from = value_page + (heads[1].word_start + warp * VALUE_WORDS) * 1024;
+        for (int i = 0; i < 2 * UNITS; i++) {
+            const int at = places[i * WARPS * 32];
+            if (at >= 0) copy_async(to + i / 2 * CHUNKS * PIECE + i % 2 * (PIECE / 2), key_page + at);
+        }
 #pragma unroll
-            for (int i = 0; i < 2 * VALUE_WORDS; i++)
-                if (i / 2 < words) copy_async(own + i * (PIECE / 2), from + i * (PIECE / 2));
-            const u32 scales = shared_address(stage + STAGE - 2 * 512) + lane * 16;
-            if (warp == 0) copy_async_or_zero(scales, key_page + lane * 16 + heads[0].scale_start * 512, heads[0].stored);
-            if (warp == 1) copy_async_or_zero(scales + 512, value_page + heads[1].scale_start * 512, heads[1].stored);
+        for (int k = 0; k < VALUE_WORDS; k++) {
+            const int at = places[(2 * UNITS + k) * WARPS * 32];
+            if (at < 0) continue;
+            copy_async(own + k * PIECE, value_page + at);
+            copy_async(own + k * PIECE + PIECE / 2, value_page + at + PIECE / 2);
+        }
+        if (warp < 2) {
+            const int at = places[(2 * UNITS + VALUE_WORDS) * WARPS * 32];
+            if (at >= 0) copy_async(shared_address(stage + STAGE - 2 * 512) + threadIdx.x * 16, (warp ? value_page : key_page) + at);
         }
         close_copies();
     };
     auto key_entry = [&](int page) { return key_table[min(page, last - 1)]; };
     auto value_entry = [&](int page) { return value_table[min(page, last - 1)]; };
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) push(stages + i * STAGE, split_first + i, key_entry(split_first + i), value_entry(split_first + i));
+    for (int i = 0; i < STAGES - 1; i++) push(stages + i * STAGE, key_entry(split_first + i), value_entry(split_first + i));
     int next_key = key_entry(split_first + STAGES - 1), next_value = value_entry(split_first + STAGES - 1);
     Found(found_both).clear();
     Found(found_both + FOUND_BYTES).clear();
@@ -338,6 +386,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         const float* own = constants + threadIdx.x * ROW_CONSTANTS;
         row_constants[threadIdx.x] = {own[0], own[SLOPE(0)] * (SMALL_SUMS ? 1.0f / ONE : 1.0f), own[SHIFT(0)], own[SPREAD(0)]};
     }
+    convert_scales(alphas_of_page, stages + STAGE - 2 * 512, heads);
     __syncthreads();
 
     ManySums sum;
@@ -348,16 +397,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         const int number = page - split_first, of_round = number % 8;
         const Found found(found_both + number / 8 % 2 * FOUND_BYTES);
         const u8* stage = stages + slot * STAGE;
-        const u16* scales = (const u16*)(stage + STAGE - 2 * 512);
-        const i64 start = (i64)page * PAGE;
-        const int from = (int)max(0ll, min(first - start, (i64)PAGE)), to = (int)min(end - start, (i64)PAGE);
         Logits x;
         float found_of[OWN];
-        score_page(x, stage, queries, row_constants, scales, cap);
-        if (from != 0 || to != PAGE)
+        score_page(x, stage, queries, row_constants, alphas_of_page, cap);
+        if (page == page_first || page == page_end - 1) {
+            const i64 start = (i64)page * PAGE;
+            const int from = (int)max(0ll, first - start), to = (int)min(end - start, (i64)PAGE);
 #pragma unroll
             for (int i = 0; i < OWN * CHUNKS; i++)
                 x[i / CHUNKS][i % CHUNKS] = in_range(32 * (i % CHUNKS) + 4 * warp + t, from, to) ? x[i / CHUNKS][i % CHUNKS] : LOWEST;
+        }
         const int mine = of_round * ROWS + row_of(t);
         const auto larger = [](float a, float b) { return fmaxf(a, b); };
 #pragma unroll
@@ -370,13 +419,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         if (t < OWN) atomicMax(found.top + mine, ordered(ceilf(top)));
         __syncthreads();
         // All warps are done with the page before.
-        push(stages + (slot ? slot - 1 : STAGES - 1) * STAGE, page + STAGES - 1, next_key, next_value);
+        push(stages + (slot ? slot - 1 : STAGES - 1) * STAGE, next_key, next_value);
         next_key = key_entry(page + STAGES);
         next_value = value_entry(page + STAGES);
         if (of_round == 0) Found(found_both + (number / 8 + 1) % 2 * FOUND_BYTES).clear();
         float alphas[CHUNKS];
-#pragma unroll
-        for (int c = 0; c < CHUNKS; c++) alphas[c] = low_half(clamp_halves(scales[PAGE + 32 * c + 4 * warp + t]));
+        load_alphas(alphas, alphas_of_page + PAGE);
         float totals_of[OWN];
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
@@ -415,7 +463,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         }
         const u32 weight = join_lanes(weights_of, [](u32 a, u32 b) { return a + b; });
         if (t < OWN) atomicAdd(found.weight + mine, (int)(weight - PAGE / WARPS * (u32)FLOATING));
+        if (warp == 0) room.make(found, of_round);
         await_copies<STAGES - 2>();  // the next page is there
+        convert_scales(alphas_of_page, stages + (slot == STAGES - 1 ? 0 : slot + 1) * STAGE + STAGE - 2 * 512, heads);
         __syncthreads();
         if (warp < ROW_TILES && (of_round == 7 || page == last - 1)) {
             float stats[STATS], unused[1];
@@ -426,7 +476,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
             if (g == 0) totals[4 * warp + t] = own;
         }
         float units[OWN];
-        sum.begin_page(found, of_round, tops + number % 2 * ROWS, tops + (number + 1) % 2 * ROWS, units);
+        if (*room.grows) {
+            load_own(units, room.factor);
+            sum.scale(units);
+        }
+        load_own(units, room.unit);
 #pragma unroll
         for (int k = 0; k < VALUE_WORDS; k++)
             if (warp * VALUE_WORDS + k < heads[1].words) sum.add(k, stage + KEY_BYTES + (warp * VALUE_WORDS + k) * PIECE, weights, units);

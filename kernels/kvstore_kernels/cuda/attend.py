@@ -122,9 +122,9 @@ def _shared_bytes_many(m: build.Macros) -> int:
     queries = (1 + (m["PLANES"] > 8)) * m["UNITS"] * blocks * 8 * fragment
     weights = (1 + (m["WEIGHT_PLANES"] > 8)) * 8 * blocks * fragment
     found = 8 * rows * 4 * (3 + WARPS)
-    row = 4 * (5 + 4 + 2 + 4)  # constants, totals, two tops, constants again
-    pieces = 2 * m["UNITS"] * WARPS * 32 * 4
-    return m["STAGES"] * stage + queries + weights + 2 * found + rows * row + 32 + pieces
+    row = 4 * (5 + 4 + 4 + 3)  # constants, totals, constants again, room
+    places = (2 * m["UNITS"] + m["VALUE_WORDS"] + 1) * 4 * 32 * WARPS
+    return m["STAGES"] * stage + queries + weights + 2 * found + rows * row + 32 + 2 * 4 * PAGE_TOKENS + 16 + places
 
 
 def _shared_bytes_few(m: build.Macros) -> int:
