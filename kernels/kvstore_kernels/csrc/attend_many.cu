@@ -21,36 +21,32 @@
 #define KEY_BYTES (UNITS * CHUNKS * PIECE)
 #define STAGE (KEY_BYTES + WARPS * VALUE_WORDS * PIECE + 2 * 512)
 #define ALL_WEIGHTS (WEIGHT_HALVES * CHUNKS * ROW_BLOCKS * FRAGMENT)
-#define SMALL_SUMS (UNITS == 1 && PLANES == 8)  // ONE times them stays below 2^22
-#define SMALL_WEIGHTS (WEIGHT_PLANES == 8)     // ONE times their sums stays below 2^23
-#define WEIGHTS_ZERO 8388608.0f
 #define ROUND (8 * ROWS)  // a page's number for each row and page of a round
 
-// C + A B: A is 16 rows x 32 bytes of type T, B 32 bytes x 8 columns. Lane (g, t) holds of A the bytes 4t .. 4t + 3 of rows g and
+// C + A B: A is 16 rows x 32 bytes of type T, B 32 signed bytes x 8 columns. Lane (g, t) holds of A the bytes 4t .. 4t + 3 of rows g and
 // g + 8, then 4t + 16 .. of both; of B those of column g; of C what mma_and_popc says.
 #define MMA_BYTES(name, T)                                                                                                   \
-    __device__ __forceinline__ void name(Accumulators& d, uint4 a, u32 b0, u32 b1, Accumulators c) {                         \
-        asm("mma.sync.aligned.m16n8k32.row.col.s32." T ".u8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%12,%13};"       \
-            : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w)                                                                    \
-            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "r"(c.x), "r"(c.y), "r"(c.z), "r"(c.w));            \
+    __device__ __forceinline__ void name(Accumulators& c, uint4 a, u32 b0, u32 b1) {                                         \
+        asm("mma.sync.aligned.m16n8k32.row.col.s32." T ".s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"           \
+            : "+r"(c.x), "+r"(c.y), "+r"(c.z), "+r"(c.w)                                                                    \
+            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));                                                    \
     }
 MMA_BYTES(mma_signed, "s8")
 MMA_BYTES(mma_unsigned, "u8")
 
-// Bit `bit` of each byte as a byte 128 or 0: what is summed counts ONE. A left shift can be a multiplication, which the
-// busier of the integer pipes does not see.
-#define ONE_BITS 7
-#define ONE (1 << ONE_BITS)
-__device__ __forceinline__ u32 bytes_of(u32 word, int bit) { return word << (7 - bit) & 0x80808080; }
+// Bits 4 b + step % 4 of the half step / 4 of a word as bytes b, -1 or 0: a nibble chooses among eight bytes, by all of its bits
+// but the highest, which extends the sign of what is chosen.
+__device__ __forceinline__ u32 bytes_of(u32 word, int step) {
+    const u32 low[4] = {0xff00ff00, 0xffff0000, 0, 0xff00ff00}, high[4] = {0xff00ff00, 0xffff0000, 0xffffffff, 0xff00ff00};
+    return select_bytes(low[step & 3], high[step & 3], word >> ((step >> 2) * 16 + ((step & 3) == 3 ? 3 : 0)));
+}
 
 __device__ __forceinline__ Accumulators all(int v) { return Accumulators{v, v, v, v}; }
 
-// Sums of ONE that are to have so many more bits below them.
-__device__ __forceinline__ void shift_up(Accumulators& c, int bits) { c = {c.x << bits, c.y << bits, c.z << bits, c.w << bits}; }
-
-// Sums as floats. Small ones began at `start` and are the bits of floats above `zero`.
-__device__ __forceinline__ float number(bool small, int sum, float zero) {
-    return small ? __int_as_float(sum) - zero : __int_as_float((sum >> ONE_BITS) + FLOATING) - OFFSET;
+// Sums so far, the bits of floats above OFFSET, times 2^bits.
+__device__ __forceinline__ void shift_up(Accumulators& c, int bits) {
+    const int offset = FLOATING - (FLOATING << bits);
+    c = {(c.x << bits) + offset, (c.y << bits) + offset, (c.z << bits) + offset, (c.w << bits) + offset};
 }
 
 // Integers in the order of floats.
@@ -65,13 +61,13 @@ __device__ __forceinline__ uint4 fragment(const u8* fragments, int number) {
     return *(const uint4*)(fragments + number * FRAGMENT + (threadIdx.x & 31) * 16);
 }
 
-// Query rows as A operands, [HALVES][UNITS][ROW_BLOCKS][8 bits]: step `bit` has that bit of every byte of a unit's words.
+// Query rows as A operands, [HALVES][UNITS][ROW_BLOCKS][8 steps of bytes_of].
 struct QueryBytes {
     u8* fragments;
 
     __device__ __forceinline__ void put(int row, int unit, int slot, int integer) const {
-        const int bit = threadIdx.x & 7, byte = threadIdx.x >> 3 & 3;
-        const int at = ((unit * ROW_BLOCKS + row / BLOCK_ROWS) * 8 + bit) * FRAGMENT + ((row & 7) * 4 + (slot & 3)) * 16 +
+        const int bit = threadIdx.x & 31, step = bit / 16 * 4 + bit % 4, byte = bit / 4 % 4;
+        const int at = ((unit * ROW_BLOCKS + row / BLOCK_ROWS) * 8 + step) * FRAGMENT + ((row & 7) * 4 + (slot & 3)) * 16 +
                        ((slot >> 2) * 2 + (row >> 3 & 1)) * 4 + byte;
         fragments[at] = (u8)(integer >> LOW_BITS);
         if (LOW_BITS) fragments[QUERY_BYTES / HALVES + at] = (u8)(integer & ((1 << LOW_BITS) - 1));
@@ -155,9 +151,8 @@ __device__ __forceinline__ void score_page(Logits& x, const u8* keys, const u8* 
     const int place = ((token & 1) ^ (warp >> 1 & 1)) * 2 + (token >> 1), odd = lane >> 2 & 1;
     const u8* from = keys + odd * PIECE + t * 128 + (warp ^ (t | odd << 2)) * 16 + place * 4;
     Accumulators sums[ROW_BLOCKS][4];
-    if (!SMALL_SUMS)
 #pragma unroll
-        for (int i = 0; i < ROW_BLOCKS * 4; i++) sums[i / 4][i % 4] = all(0);
+    for (int i = 0; i < ROW_BLOCKS * 4; i++) sums[i / 4][i % 4] = all(FLOATING);
 #pragma unroll 1
     for (int pass = 0; pass < HALVES * UNITS; pass++) {
         if (LOW_BITS && pass == UNITS)
@@ -168,16 +163,15 @@ __device__ __forceinline__ void score_page(Logits& x, const u8* keys, const u8* 
 #pragma unroll
         for (int i = 0; i < 8; i++) words[i >> 1][i & 1] = *(const u32*)(unit + (i >> 1) * 2 * PIECE + (i & 1) * (PIECE / 2));
 #pragma unroll
-        for (int bit = 0; bit < 8; bit++) {
+        for (int step = 0; step < 8; step++) {
             uint4 a[ROW_BLOCKS];
 #pragma unroll
-            for (int m = 0; m < ROW_BLOCKS; m++) a[m] = fragment(queries, (pass * ROW_BLOCKS + m) * 8 + bit);
+            for (int m = 0; m < ROW_BLOCKS; m++) a[m] = fragment(queries, (pass * ROW_BLOCKS + m) * 8 + step);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const u32 b0 = bytes_of(words[j][0], bit), b1 = bytes_of(words[j][1], bit);
+                const u32 b0 = bytes_of(words[j][0], step), b1 = bytes_of(words[j][1], step);
 #pragma unroll
-                for (int m = 0; m < ROW_BLOCKS; m++)
-                    mma_signed(sums[m][j], a[m], b0, b1, SMALL_SUMS && bit == 0 ? all(FLOATING) : sums[m][j]);
+                for (int m = 0; m < ROW_BLOCKS; m++) mma_signed(sums[m][j], a[m], b0, b1);
             }
         }
     }
@@ -190,7 +184,7 @@ __device__ __forceinline__ void score_page(Logits& x, const u8* keys, const u8* 
         for (int c = 0; c < CHUNKS; c++) {
             const Accumulators& sum = sums[i >> 1][c >> 1];
             const int own = i & 1 ? (c & 1 ? sum.w : sum.z) : (c & 1 ? sum.y : sum.x);
-            float inner = fmaf(row.y, number(SMALL_SUMS, own, OFFSET), row.z);
+            float inner = fmaf(row.y, __int_as_float(own) - OFFSET, row.z);
             if (DEBIAS) inner = fmaf(alphas[c], row.w, inner);
             const float logit = fmaf(alphas[c], inner, row.x);
             x[i][c] = SOFT_CAP ? cap * tanh_of(logit) : logit;
@@ -212,7 +206,7 @@ struct Room {
         if (row < ROWS) {
             const int at = (row & 7) * OWN + (row >> 3);
             const float page_top = found.page_top(page, row), highest = fmaxf(top[row], page_top), own = exp2_fast(top[row] - highest);
-            unit[at] = found.unit(page, row) * exp2_fast(page_top - highest) * (SMALL_WEIGHTS ? 1.0f / ONE : 1.0f);
+            unit[at] = -found.unit(page, row) * exp2_fast(page_top - highest);  // products are with -1
             factor[at] = own;
             top[row] = highest;
             grew = own != 1;
@@ -250,9 +244,8 @@ struct ManySums {
         const u32 words[4][2] = {{a[0].x, a[0].z}, {a[0].y, a[0].w}, {a[1].x, a[1].z}, {a[1].y, a[1].w}};
         const uint4* from = (const uint4*)weights + (g * 4 + (t ^ g >> 1));
         Accumulators sums[4][ROW_BLOCKS];
-        if (!SMALL_WEIGHTS)
 #pragma unroll
-            for (int i = 0; i < 4 * ROW_BLOCKS; i++) sums[i / ROW_BLOCKS][i % ROW_BLOCKS] = all(0);
+        for (int i = 0; i < 4 * ROW_BLOCKS; i++) sums[i / ROW_BLOCKS][i % ROW_BLOCKS] = all(FLOATING);
 #pragma unroll 1
         for (int half = WEIGHT_HALVES - 1; half >= 0; half--) {
 #pragma unroll
@@ -264,8 +257,7 @@ struct ManySums {
                 for (int n = 0; n < 4; n++) {
                     const u32 b0 = bytes_of(words[n][0], c), b1 = bytes_of(words[n][1], c);
 #pragma unroll
-                    for (int m = 0; m < ROW_BLOCKS; m++)
-                        mma_unsigned(sums[n][m], w[m], b0, b1, SMALL_WEIGHTS && c == 0 ? all(__float_as_int(WEIGHTS_ZERO)) : sums[n][m]);
+                    for (int m = 0; m < ROW_BLOCKS; m++) mma_unsigned(sums[n][m], w[m], b0, b1);
                 }
             }
             if (WEIGHT_HALVES > 1 && half)
@@ -277,7 +269,7 @@ struct ManySums {
             const int n = i / ROW_BLOCKS, m = i % ROW_BLOCKS;
             const int counts[4] = {sums[n][m].x, sums[n][m].y, sums[n][m].z, sums[n][m].w};
 #pragma unroll
-            for (int j = 0; j < 4; j++) rows[k][n][m][j] = fmaf(unit[2 * m + (j >> 1)], number(SMALL_WEIGHTS, counts[j], WEIGHTS_ZERO), rows[k][n][m][j]);
+            for (int j = 0; j < 4; j++) rows[k][n][m][j] = fmaf(unit[2 * m + (j >> 1)], __int_as_float(counts[j]) - OFFSET, rows[k][n][m][j]);
         }
     }
 
@@ -384,7 +376,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     __syncthreads();
     if (threadIdx.x < ROWS) {
         const float* own = constants + threadIdx.x * ROW_CONSTANTS;
-        row_constants[threadIdx.x] = {own[0], own[SLOPE(0)] * (SMALL_SUMS ? 1.0f / ONE : 1.0f), own[SHIFT(0)], own[SPREAD(0)]};
+        row_constants[threadIdx.x] = {own[0], -own[SLOPE(0)], own[SHIFT(0)], own[SPREAD(0)]};
     }
     convert_scales(alphas_of_page, stages + STAGE - 2 * 512, heads);
     __syncthreads();
@@ -447,18 +439,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         const float largest = t < OWN ? __int_as_float(found.most[mine]) : 0;
         const float inverse = largest > 1e-30f ? WEIGHT_MOST / largest : 0;
         u32 weights_of[OWN];
-        u8* const bytes = weights + (g * 4 + (warp >> 1 ^ g >> 1)) * 16 + (t >> 1) * 8 + (warp & 1) * 2 + (t & 1);
+        u8* const pairs = weights + (warp & 1) * 4 * ROW_BLOCKS * FRAGMENT + (g * 4 + (warp >> 1 ^ g >> 1)) * 16 + (t >> 1) * 8 + (t & 1) * 2;
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
             const float scale = __shfl_sync(ALL_LANES, inverse, (lane & 28) + i);
             weights_of[i] = 0;
 #pragma unroll
-            for (int c = 0; c < CHUNKS; c++) {
-                const u32 integer = __float_as_uint(fmaf(x[i][c], scale, OFFSET));
-                u8* at = bytes + (c * ROW_BLOCKS + (i >> 1)) * FRAGMENT + (i & 1) * 4;
-                *at = (u8)integer;
-                if (WEIGHT_HALVES > 1) at[CHUNKS * ROW_BLOCKS * FRAGMENT] = (u8)(integer >> 8);
-                weights_of[i] += integer;
+            for (int c = 0; c < CHUNKS / 2; c++) {
+                const u32 low = __float_as_uint(fmaf(x[i][c], scale, OFFSET)), high = __float_as_uint(fmaf(x[i][c + 4], scale, OFFSET));
+                u8* at = pairs + (c * ROW_BLOCKS + (i >> 1)) * FRAGMENT + (i & 1) * 4;
+                if (WEIGHT_HALVES == 1) {
+                    *(u16*)at = (u16)(high * 256 + low);
+                } else {
+                    *(u16*)at = (u16)__byte_perm(low, high, 0x40);
+                    *(u16*)(at + CHUNKS * ROW_BLOCKS * FRAGMENT) = (u16)__byte_perm(low, high, 0x51);
+                }
+                weights_of[i] += low + high;
             }
         }
         const u32 weight = join_lanes(weights_of, [](u32 a, u32 b) { return a + b; });
