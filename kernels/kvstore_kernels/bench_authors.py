@@ -1,6 +1,6 @@
 """The QJL authors' own CUDA kernels, built from a checkout that the user names: nothing of theirs is kept here.
 
-As their `plot_runtime.py` times them: keys [1, H, N / 32, 32, 128] in fp16 and a sketch of 256 bits, no outlier channels.
+As their `plot_runtime.py` times them: keys [1, H, N / 32, 32, 128] in fp16, a sketch of 256 bits, no outlier channels.
 """
 
 import shutil

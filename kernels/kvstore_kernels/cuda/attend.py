@@ -36,7 +36,7 @@ def macros(
     keys: Expansion, values: Expansion, key_basis: DeviceExpansion, value_basis: DeviceExpansion, rows: int, *,
     soft_cap: bool, debias: bool,
 ) -> build.Macros:  # fmt: skip
-    """The specialisation for `rows` query rows a KV head: as many in one pass as fit. With STAGES it is attend_many.cu's."""
+    """The specialisation for `rows` query rows a KV head, as many in one pass as fit; with STAGES attend_many.cu's."""
     value_words = max(1, -(-value_basis.words // WARPS))
     m = {
         "UNITS": key_basis.units.shape[1],
