@@ -112,7 +112,12 @@ class Querying:
         def work(items: list[attention.Item]) -> Later[list[AttendAnswer]]:
             return attention.attend(self._device, prefix, share, items)
 
-        answer = self._engine.run_together((prefix.key, share, query.q.dtype), item, work, deadline)
+        def at_once(items: list[attention.Item]) -> Later[list[AttendAnswer]] | None:
+            return attention.attend_again(self._device, prefix, share, items)
+
+        key = prefix.key, share, query.q.dtype
+        again = None if self._device.memory is None else at_once
+        answer = self._engine.run_together(key, item, work, deadline, again)
         answer.add_done_callback(partial(self._answered, live, query))
         return answer
 
