@@ -1,6 +1,7 @@
 """Wires the parts together, serves, and drains."""
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -199,6 +200,8 @@ async def serve(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await server.start()
+    gc.collect()
+    gc.freeze()  # what has been imported is not looked through again and again while answers wait
     ends = [asyncio.ensure_future(event.wait()) for event in (stop, server.failed)]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     for number in (signal.SIGTERM, signal.SIGINT):

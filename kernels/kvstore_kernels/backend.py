@@ -107,7 +107,7 @@ class Backend(Protocol):
         noise: ScoreNoise | None,
         kept: dict[Any, Any],
     ) -> Replayed | None:
-        """What `attend_all` would begin for the parts of `kept`, if that takes no more than a launch; None otherwise."""
+        """What `attend_all` begins for the parts of `kept`, if that takes no more than a launch; None otherwise."""
         ...
 
     def attend_refined(

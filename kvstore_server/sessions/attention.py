@@ -100,9 +100,7 @@ def attend(device: Device, prefix: Prefix, debias: float, items: list[Item]) -> 
     return Later(lambda: _answers(prefix, items, fetch()))
 
 
-def attend_again(
-    device: Device, prefix: Prefix, debias: float, items: list[Item]
-) -> Later[list[AttendAnswer]] | None:
+def attend_again(device: Device, prefix: Prefix, debias: float, items: list[Item]) -> Later[list[AttendAnswer]] | None:
     """As `attend`, if the device has only to repeat what it did before; None otherwise."""
     if device.memory is None or prefix.refine or _is_projected(prefix):
         return None

@@ -38,28 +38,47 @@ class Answer:
             if self._answer is None:
                 recording, rows = self._recording, self._rows
                 recording.done.synchronize()
-                out, lse, *variances = (_copy(part[:rows]) for part in recording.answer)
+                out, lse, *variances = (each.rows(rows) for each in recording.answer)
                 self._answer = out, lse, variances[0] if variances else None
                 recording.asked = None
             return self._answer
 
 
+class Pinned:
+    """Host memory that recordings read and write, a few rows each: copied without letting go of the interpreter, which
+    torch and numpy would do for that long and wait for it after."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._array = _array(tensor)
+        self._bytes = self._array.data.cast("B")
+        self._row_bytes = len(self._bytes) // len(self._array)
+
+    def fill(self, tensor: Tensor) -> None:
+        """The first rows."""
+        data = _array(tensor).data.cast("B")
+        self._bytes[: len(data)] = data
+
+    def rows(self, count: int) -> Tensor:
+        """A copy of the first rows."""
+        copied = np.frombuffer(bytearray(self._bytes[: count * self._row_bytes]), self._array.dtype)
+        rows = torch.from_numpy(copied.reshape(count, *self._array.shape[1:]))
+        return rows if rows.dtype == self.tensor.dtype else rows.view(self.tensor.dtype)
+
+
 @dataclass
 class Recording:
-    """`q` and `answer` are pinned host memory."""
-
     graph: torch.cuda.CUDAGraph
     done: torch.cuda.Event
-    q: Tensor
-    answer: list[Tensor]
+    q: "Pinned"
+    answer: "list[Pinned]"
     asked: Answer | None = None
     """What is still to be copied out."""
 
     def replay(self, q: Tensor) -> Answer:
         if (before := self.asked) is not None:  # which another thread may take at this moment
             before()
-        data = _bytes(q)
-        _bytes(self.q)[: data.nbytes] = data
+        self.q.fill(q)
         self.graph.replay()
         self.done.record()
         self.asked = Answer(self, len(q))
@@ -123,7 +142,7 @@ class Recorder:
             run()
         finally:
             graph.capture_end()
-        return Recording(graph, torch.cuda.Event(), q, answer)
+        return Recording(graph, torch.cuda.Event(), Pinned(q), list(map(Pinned, answer)))
 
 
 def _rows(q: Tensor) -> int:
@@ -133,17 +152,6 @@ def _rows(q: Tensor) -> int:
 
 def _name(key: Any, q: Tensor) -> tuple[Any, int, torch.dtype]:
     return key, _rows(q), q.dtype
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return _array(tensor).data.cast("B")
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    """Of a few rows: torch and numpy would let go of the interpreter for that long and wait for it after."""
-    array = _array(tensor)
-    copied = np.frombuffer(bytearray(array.data.cast("B")), array.dtype).reshape(array.shape)
-    return torch.from_numpy(copied).view(tensor.dtype)
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
