@@ -19,7 +19,7 @@ class CopyingGraph:
 
 
 class Event:
-    def record(self) -> None:
+    def record(self, stream: object) -> None:
         pass
 
     def synchronize(self) -> None:
@@ -29,7 +29,7 @@ class Event:
 def recording(rows: int, dtype: torch.dtype) -> Recording:
     graph, q = CopyingGraph(), torch.zeros(rows, 2, 4, dtype=dtype)
     answer = [Pinned(torch.empty_like(q)), Pinned(torch.empty(rows, 2))]
-    made = Recording(cast(Any, graph), cast(Any, Event()), Pinned(q), answer)
+    made = Recording(graph.replay, cast(Any, Event()), cast(Any, None), Pinned(q), answer)
     graph.recording = made
     return made
 

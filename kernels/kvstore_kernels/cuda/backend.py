@@ -47,7 +47,7 @@ class CudaBackend:
         self.name = f"{device} {torch.cuda.get_device_name(device)}"
         self.paging: Paging | None = self
         self._stream = torch.cuda.Stream(device)
-        self._recorder = Recorder()
+        self._recorder = Recorder(self._stream)
 
     @on_stream
     def encode(self, x: Tensor, encoder: Encoder) -> Signs:
@@ -118,7 +118,6 @@ class CudaBackend:
 
         return answered
 
-    @on_stream
     def attend_again(
         self,
         q: Tensor,

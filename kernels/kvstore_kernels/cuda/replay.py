@@ -7,6 +7,7 @@ when they move, and those of its own pinned memory, from which queries go to the
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvstore_kernels.backend import Attended
+from kvstore_kernels.build import DeviceError
 
 RECORD_AFTER = 2
 """Runs of the same kind that are launched kernel by kernel first: not every row is asked for often."""
@@ -68,8 +70,9 @@ class Pinned:
 
 @dataclass
 class Recording:
-    graph: torch.cuda.CUDAGraph
+    launch: Callable[[], object]
     done: torch.cuda.Event
+    stream: torch.cuda.Stream
     q: "Pinned"
     answer: "list[Pinned]"
     asked: Answer | None = None
@@ -79,8 +82,8 @@ class Recording:
         if (before := self.asked) is not None:  # which another thread may take at this moment
             before()
         self.q.fill(q)
-        self.graph.replay()
-        self.done.record()
+        self.launch()
+        self.done.record(self.stream)
         self.asked = Answer(self, len(q))
         return self.asked
 
@@ -93,14 +96,31 @@ class Recordings:
     made: list[Recording] = field(default_factory=list)
 
 
+class _Launch:
+    """Launches a graph where it was made: torch would first have to be told the stream, which takes longer."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
+        from cupy.cuda import runtime  # pyright: ignore[reportMissingImports]
+
+        self._graph, self._failures = graph, runtime.CUDARuntimeError
+        self._launch = partial(runtime.graphLaunch, graph.raw_cuda_graph_exec(), stream.cuda_stream)
+
+    def __call__(self) -> None:
+        try:
+            self._launch()
+        except self._failures as error:
+            raise DeviceError(f"a recording cannot be launched: {error}") from error
+
+
 class Recorder:
     """Recordings of one device share memory for what is between their kernels, for they never run at the same time."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
         self._pool: Any = None
 
     def run(self, kept: dict[Any, Any], key: Any, q: Tensor, attend: Callable[[Tensor], Attended]) -> Answer | None:
-        """Begins attend(q) of q [T, Hq, D] on the current stream; None while it is not worth recording.
+        """Begins attend(q) of q [T, Hq, D] on the stream, which is current; None while it is not worth recording.
 
         Query rows are padded to a power of two, so that few recordings serve all T: rows do not depend on one another.
         """
@@ -115,7 +135,7 @@ class Recorder:
         return made[-1].replay(q)
 
     def again(self, kept: dict[Any, Any], key: Any, q: Tensor) -> Answer | None:
-        """As `run` where a recording is free; None otherwise."""
+        """As `run` where a recording is free, whatever stream is current; None otherwise."""
         recordings: Recordings | None = kept.get(_name(key, q))
         if recordings is None or not recordings.made or recordings.made[0].asked:
             return None
@@ -136,13 +156,14 @@ class Recorder:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.current_stream().synchronize()
+        self._stream.synchronize()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             run()
         finally:
             graph.capture_end()
-        return Recording(graph, torch.cuda.Event(), Pinned(q), list(map(Pinned, answer)))
+        launch = _Launch(graph, self._stream)
+        return Recording(launch, torch.cuda.Event(), self._stream, Pinned(q), list(map(Pinned, answer)))
 
 
 def _rows(q: Tensor) -> int:
