@@ -103,7 +103,8 @@ def test_a_worker_s_rows_attend_alone_as_among_others(by: Expansion, workers: in
         for rows, kind in zip(sketches(3000, by), (False, True), strict=True)
     )
     q = queries(by, workers, 4)
-    for how in ({"debias": 0.5}, {"logit_soft_cap": 20.0}):
+    hows: tuple[dict[str, Any], ...] = {"debias": 0.5}, {"logit_soft_cap": 20.0}
+    for how in hows:
         out, lse = attend(q, keys, values, sm_scale=0.125, **how)
         for worker in {0, workers // 2, workers - 1}:
             alone = attend(q[worker : worker + 1], keys, values, sm_scale=0.125, **how)
