@@ -243,11 +243,14 @@ def bench_kernels(
     json: Annotated[Path | None, typer.Option(help="Write the measurements as JSON too")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the ratios too (needs matplotlib)")] = None,
     only: Annotated[str, typer.Option(help="Only groups whose name has this word")] = "",
+    qjl_checkout: Annotated[
+        Path | None, typer.Option(help="Checkout of the QJL authors' repository, built here")
+    ] = None,
 ) -> None:
-    """The CUDA ops beside this run's copy bandwidth and exact fp16 torch."""
+    """The CUDA ops beside this run's copy bandwidth, exact fp16 torch and the QJL authors' kernels."""
     from kvstore_kernels.bench_kernels import run
 
-    _report("kernels", *run(only), json, png)
+    _report("kernels", *run(only, qjl_checkout), json, png)
 
 
 def _report(name: str, device: str, measurements: "list[Measurement]", json: Path | None, png: Path | None) -> None:

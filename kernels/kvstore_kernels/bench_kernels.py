@@ -7,11 +7,13 @@ bandwidth are the op's bytes a second over the copy's; ratios to a named peer ar
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvstore_kernels.bench_authors import Authors, NotBuiltError
 from kvstore_kernels.cuda import attend, decode, encode, pack_page, score, topk
 from kvstore_kernels.cuda.pages import PAGE_TOKENS, PAGE_UNIT, Pages, SignPages, page_bytes
 from kvstore_kernels.measurement import Measurement
@@ -174,8 +176,8 @@ def bench_shapes(bench: Bench, tokens: int = 262_144) -> None:
         torch.cuda.empty_cache()
 
 
-def bench_vectors(bench: Bench, tokens: int = 131_072) -> None:
-    """Encoding keys and values from fp16, and decoding a sketch to it."""
+def qjl_encoder() -> tuple[SignEncoder, Expansion]:
+    """Of 256 random directions, the same for all heads."""
     layout = SignLayout(128, 1, ((0,) * 8,) * HEADS)
     blocks = torch.cat([torch.linalg.qr(torch.randn(128, 128))[0] * 128**0.5 for _ in range(2)])
     head = HeadEncoder(
@@ -183,18 +185,46 @@ def bench_vectors(bench: Bench, tokens: int = 131_072) -> None:
         torch.zeros(256, dtype=torch.int32), torch.ones(256),
     )  # fmt: skip
     encoder = SignEncoder(layout, (head,) * HEADS, torch.randn(HEADS, 128), torch.ones(1, 128))
+    return encoder, Expansion(layout, (blocks / 256,) * HEADS, (torch.ones(256),) * HEADS, torch.randn(HEADS, 128), 8)
+
+
+def bench_vectors(bench: Bench, tokens: int = 131_072) -> None:
+    """Encoding keys and values from fp16, and decoding a sketch to it."""
+    encoder, expansion = qjl_encoder()
     shape = f"{tokens:,} x 8 heads x 128, 256 bits"
     size, stored = tokens * HEADS * 256, tokens * HEADS * 34
     x = [torch.randn(tokens, HEADS, 128, device=DEVICE).half() for _ in range(4)]
     pairs = [lambda k=k, v=v: encode.launch_pair(k, v, encoder, encoder) for k, v in (x[:2], x[2:])]
     bench.add("encode keys and values", shape, median_us(pairs), 2 * (size + stored))
-    expansion = Expansion(layout, (blocks / 256,) * HEADS, (torch.ones(256),) * HEADS, torch.randn(HEADS, 128), 8)
     signs = [encode.launch(each, encoder)[0] for each in x[:2]]
     decoded = median_us([lambda s=s: decode.decode(s, expansion, torch.float16) for s in signs])
     bench.add("decode to fp16", shape, decoded, size)
 
 
-def run(only: str = "") -> tuple[str, list[Measurement]]:
+def bench_authors(bench: Bench, checkout: Path, tokens: int = 131_072) -> None:
+    """Our score and encode as the QJL authors' kernels would have them: keys alone, 256 bits, one scale."""
+    try:
+        authors = Authors(checkout)
+    except NotBuiltError as error:
+        bench.found.append(Measurement("the QJL authors' kernels", str(error), 0.0, "not built"))
+        print(f"the QJL authors' kernels are not built: {error}", flush=True)
+        return
+    shape = f"{tokens:,} x 8 heads x 256 bits"
+    vectors = torch.randn(tokens, HEADS, 128, device=DEVICE).half()
+    theirs = [authors.score(vectors, 4), authors.quantise(vectors)]
+    scored, quantised = (median_us([op], captured=False) for op in theirs)
+    keys = [sketch(tokens, 128, 256, HEADS, 8, values=False) for _ in range(sets_of(tokens * HEADS * 34))]
+    q = torch.randn(1, HEADS * 4, 128, dtype=torch.float16, device=DEVICE)
+    ours = median_us([lambda k=k: score.score(q, k, sm_scale=0.088) for k in keys])
+    encoder = qjl_encoder()[0]
+    encoded = median_us([lambda: encode.launch(vectors, encoder)])
+    bench.add("the QJL authors' score", shape, scored)
+    bench.add("score, 8 planes, float32", shape, ours, 0, "the QJL authors' score", scored)
+    bench.add("the QJL authors' quantiser", shape, quantised)
+    bench.add("encode keys", shape, encoded, 0, "the QJL authors' quantiser", quantised)
+
+
+def run(only: str = "", qjl_checkout: Path | None = None) -> tuple[str, list[Measurement]]:
     """The device's name, and the measurements in the order in which they were made."""
     bench = Bench(only)
     bench_copy(bench)
@@ -204,6 +234,8 @@ def run(only: str = "") -> tuple[str, list[Measurement]]:
         "vectors": lambda: bench_vectors(bench),
         "shapes": lambda: bench_shapes(bench),
     }
+    if qjl_checkout is not None:
+        groups["authors"] = lambda: bench_authors(bench, qjl_checkout)
     for name, measure in groups.items():
         if only in name:
             measure()

@@ -10,7 +10,7 @@ from kvstore_kernels import merge_states
 from kvstore_kernels.cuda.attend import attend
 from kvstore_kernels.types import Expansion, SignRows
 from tests.gpu import inputs
-from tests.gpu.inputs import EXPANSIONS, every_expansion, on_pages, rounded_attention64, worst
+from tests.gpu.inputs import EXPANSIONS, every_expansion, on_pages, rounded_attention64, window, worst
 from tests.gpu.test_score import queries
 from tests.kernels.inputs import SIZES, attention64, expansion, logits64, normal, sign_rows, strided, vectors
 
@@ -71,7 +71,7 @@ def test_every_token_count(tokens: int) -> None:
 
 @pytest.mark.parametrize(("first", "end"), [(0, 1), (3, 700), (255, 257), (256, 512), (300, 301), (511, 700)])
 def test_a_window_of_positions(first: int, end: int) -> None:
-    keys, values = (inputs.window(rows, first, end) for rows in sketches(700))
+    keys, values = (window(rows, first, end) for rows in sketches(700))
     q = queries(QJL)
     assert_attends(attend_rows(q, keys, values, first, sm_scale=0.125), q, keys, values, first, sm_scale=0.125)
 
@@ -95,17 +95,27 @@ def test_grouped_query_heads_attend_as_each_alone(group: int) -> None:
         assert torch.equal(lse[:, g::group], alone[1])
 
 
-@pytest.mark.parametrize("name", ["qjl", "ragged groups", "level"])
-@pytest.mark.parametrize("workers", [3, 8, 32])
-def test_a_worker_s_rows_attend_alone_as_among_others(workers: int, name: str) -> None:
-    by = EXPANSIONS[name]
-    keys, values = (on_pages(rows, values=kind) for rows, kind in zip(sketches(3000, by), (False, True), strict=True))
+@pytest.mark.parametrize("workers", [3, 8, 11, 32])
+@every_expansion
+def test_a_worker_s_rows_attend_alone_as_among_others(by: Expansion, workers: int) -> None:
+    keys, values = (
+        on_pages(window(rows, 300, 3000), values=kind, first=300)
+        for rows, kind in zip(sketches(3000, by), (False, True), strict=True)
+    )
     q = queries(by, workers, 4)
-    out, lse = attend(q, keys, values, sm_scale=0.125, debias=0.5)
-    for worker in {0, workers // 2, workers - 1}:
-        alone = attend(q[worker : worker + 1], keys, values, sm_scale=0.125, debias=0.5)
-        assert torch.equal(alone[0][0], out[worker])
-        assert torch.equal(alone[1][0], lse[worker])
+    hows: tuple[dict[str, Any], ...] = {"debias": 0.5}, {"logit_soft_cap": 20.0}
+    for how in hows:
+        out, lse = attend(q, keys, values, sm_scale=0.125, **how)
+        for worker in {0, workers // 2, workers - 1}:
+            alone = attend(q[worker : worker + 1], keys, values, sm_scale=0.125, **how)
+            assert torch.equal(alone[0][0], out[worker])
+            assert torch.equal(alone[1][0], lse[worker])
+
+
+@pytest.mark.parametrize("tokens", [1, 255, 257, 2047, 2049, 9000])
+def test_many_rows_of_every_token_count(tokens: int) -> None:
+    (keys, values), q = sketches(tokens), queries(QJL, 8, 4)
+    assert_attends(attend_rows(q, keys, values, sm_scale=0.125), q, keys, values, sm_scale=0.125)
 
 
 def test_neither_a_second_run_nor_other_pages_change_a_bit() -> None:

@@ -17,6 +17,8 @@ from kvstore_kernels.variance import ScoreNoise
 from kvstore_server.memory.device import DeviceMemory
 from kvstore_server.memory.resident import Block, ResidentSession
 from kvstore_server.scheduling.self_check import self_check
+from kvstore_server.sessions import attention
+from kvstore_server.sessions.model import Precision
 
 pytestmark = pytest.mark.gpu
 REFERENCE = ReferenceBackend()
@@ -113,6 +115,34 @@ def test_scores_and_best_on_pages_are_the_references(backend: CudaBackend, name:
         assert (backend.to_host((scores,))()[0] - expected).abs().max() < 1e-3
         positions, best = backend.to_host(backend.topk(scores, 5))()
         assert torch.equal(scores.cpu().gather(2, positions), best)
+
+
+@pytest.mark.parametrize("name", ["qjl", "rotated", "affine"])
+def test_scores_at_positions_are_the_references(backend: CudaBackend, name: str) -> None:
+    resident = session(SPECS[name], shape(), 700, backend)
+    memory = DeviceMemory(backend, 64 * MIB, 16 * MIB)
+    random = torch.Generator().manual_seed(9)
+    q = torch.randn(2, 8, 128, generator=random).half()
+    *_, block = memory.blocks(resident, 0, 0, 700, LEVELS)
+    *_, host = resident.blocks(0, 0, 700, LEVELS)
+    assert isinstance(host.keys, SignRows)
+    positions = torch.randint(host.end - host.start, (2, 8, 40), generator=random)
+    how = {"sm_scale": 0.1, "logit_soft_cap": 20.0}
+    (found,) = backend.to_host((backend.score_at(q, block.keys, positions, **how),))()
+    assert (found - REFERENCE.score_at(q, host.keys, positions, **how)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_the_best_of_a_coarse_pass_are_the_references(backend: CudaBackend, level: int) -> None:
+    resident = session(SPECS["rotated"], shape(), 3000, backend)
+    prefix = attention.Prefix(resident, 0, 3000, Precision(keys_level=level))
+    q = torch.randn(2, 8, 128, generator=torch.Generator().manual_seed(9)).half()
+    on_device = attention.Device(backend, DeviceMemory(backend, 64 * MIB, 16 * MIB))
+    with backend.ordered():
+        positions, scores = attention.top_k(on_device, prefix, q, 32, 96)()
+    expected = attention.top_k(attention.Device(REFERENCE, None), prefix, q, 32, 96)()
+    assert (scores - expected[1]).abs().max() < 1e-3
+    assert (positions == expected[0]).float().mean() > 0.98, "but for ties"
 
 
 def test_a_session_that_grows_answers_as_one_that_came_whole(backend: CudaBackend) -> None:

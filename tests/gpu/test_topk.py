@@ -15,7 +15,7 @@ inputs.require_device()
 pytestmark = pytest.mark.gpu
 either_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 SORTED = ops.CANDIDATES
-GROUPED = 2 * 256 * ops.LANES_MOST * ops.CHUNK
+GROUPED = ops.GROUPS * 256 * ops.LANES_MOST * ops.CHUNK
 """Tokens from which k = 256 is chosen among groups of the largest size."""
 
 

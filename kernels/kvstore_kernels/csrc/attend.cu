@@ -91,7 +91,7 @@ extern "C" __global__ void BOUNDS
     for (int i = 0; i < RING; i++) push(i);
 
     await_previous_kernel();
-    prepare_queries(planes, constants, Queries{y + (i64)h * rows * y_stride, rows, row_first, y_stride, y_extra, unit, half_debias},
+    prepare_queries(BitPlanes{planes}, constants, Queries{y + (i64)h * rows * y_stride, rows, row_first, y_stride, y_extra, unit, half_debias},
                     head, units, noise + h * y_extra);
     __syncthreads();
 

@@ -6,7 +6,7 @@
 // each channel's largest row, in two bytes (hi, lo), and summed exactly: the error is that of one rounding of E, 2^-16 of a
 // channel's largest value a row, far below what float16 loses of the result.
 //
-// Grid (X, HEAD_DIM / 32, H), 4 warps, TILES times 16 tokens and 32 channels each; a warp takes every 4 Xth such run of tokens. Its
+// Grid (X, HEAD_DIM / 32 / SLICES, H), 4 warps, TILES times 16 tokens and SLICES times 32 channels each; a warp takes every 4 Xth such run of tokens. Its
 // words arrive in the background a run ahead, in the order of the products.
 //
 // words u32 [N, width]; scales half [N, scale_count]. plans int [H][PLAN]: where the head's scales begin in a token's row or -1,
@@ -15,7 +15,8 @@
 // 16 r + 4 t + k of the step, where row 32 j + 2 p is e_1 + e_2 of pair p of word j and the next e_1 - e_2; column c of tile n is
 // channel 8 (c / 2) + 2 n + c % 2, so that a lane ends with eight neighbours. constants float [H][HEAD_DIM / 32][CONSTANTS][32]: mean,
 // the value of one unit of each group, f. out [N, H, HEAD_DIM] of OUT (0 float32, 1 float16, 2 bfloat16).
-// Macros: HEAD_DIM, STEPS (of the head that has most), GROUPS, OFFSETS, OUT, TILES, RESIDENT (factors in shared memory).
+// Macros: HEAD_DIM, STEPS (of the head that has most), GROUPS, OFFSETS, OUT, TILES, RESIDENT (factors in shared memory), BLOCKS (a
+// multiprocessor), SLICES.
 #include "ptx.cuh"
 
 #define WARPS 4
@@ -71,7 +72,7 @@ __device__ __forceinline__ void store_8(void* out, i64 at, const float (&v)[8]) 
 
 // The sums of one group over its steps, of which one is always taken, upper and lower bytes of E apart.
 struct Sums {
-    int hi[TILES][4][4], lo[TILES][4][4];
+    int hi[SLICES][TILES][4][4], lo[SLICES][TILES][4][4];
 
     __device__ __forceinline__ void run(const uint4* factors, const u32* words, int step, int end) {
         take<true>(factors, words, min(step, STEPS - 1));
@@ -96,33 +97,35 @@ struct Sums {
         }
         factors += step * 256 + lane;
 #pragma unroll
-        for (int n = 0; n < 4; n++) {
-            const uint4 upper = factors[n * 64], lower = factors[n * 64 + 32];
+        for (int i = 0; i < SLICES * 4; i++) {
+            const int slice = i / 4, n = i % 4;
+            const uint4* from = factors + slice * STEPS * 256 + n * 64;
+            const uint4 upper = from[0], lower = from[32];
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) {
-                mma_sparse(hi[tile][n], a[tile], upper, metadata[tile], FIRST);
-                mma_sparse(lo[tile][n], a[tile], lower, metadata[tile], FIRST);
+                mma_sparse(hi[slice][tile][n], a[tile], upper, metadata[tile], FIRST);
+                mma_sparse(lo[slice][tile][n], a[tile], lower, metadata[tile], FIRST);
             }
         }
     }
 };
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     decode(const u32* __restrict__ words, const u16* __restrict__ scales, const int* __restrict__ plans,
            const uint4* __restrict__ factors, const float* __restrict__ constants, void* __restrict__ out, i64 tokens, i64 width,
            i64 scale_count) {
     extern __shared__ __align__(16) u8 shared[];
     uint4* resident = (uint4*)shared;
-    float* own_constants = (float*)(resident + RESIDENT * STEPS * 256);
-    u32* staged = (u32*)(own_constants + CONSTANTS * 32);
+    float* own_constants = (float*)(resident + RESIDENT * SLICES * STEPS * 256);
+    u32* staged = (u32*)(own_constants + SLICES * CONSTANTS * 32);
     int* plan = (int*)(staged + WARPS * 2 * TOKENS * PITCH);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, h = blockIdx.z;
-    const i64 slice = (i64)h * gridDim.y + blockIdx.y, step = (i64)gridDim.x * WARPS * TOKENS;
+    const i64 slice = ((i64)h * gridDim.y + blockIdx.y) * SLICES, step = (i64)gridDim.x * WARPS * TOKENS;
     factors += slice * STEPS * 256;
     staged += warp * 2 * TOKENS * PITCH;
     for (int i = threadIdx.x; i < PLAN; i += WARPS * 32) plan[i] = plans[h * PLAN + i];
-    for (int i = threadIdx.x; i < RESIDENT * STEPS * 256; i += WARPS * 32) resident[i] = factors[i];
-    for (int i = threadIdx.x; i < CONSTANTS * 32; i += WARPS * 32) own_constants[i] = constants[slice * CONSTANTS * 32 + i];
+    for (int i = threadIdx.x; i < RESIDENT * SLICES * STEPS * 256; i += WARPS * 32) resident[i] = factors[i];
+    for (int i = threadIdx.x; i < SLICES * CONSTANTS * 32; i += WARPS * 32) own_constants[i] = constants[slice * CONSTANTS * 32 + i];
     __syncthreads();
     const int scale_start = plan[0], steps = plan[1 + GROUPS];
 
@@ -143,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
     int buffer = 0;
     for (; first < tokens; first += step, buffer ^= 1) {
         stage(first + step, staged + (buffer ^ 1) * TOKENS * PITCH);
-        float x[TILES][2][8];
+        float x[SLICES][TILES][2][8];
 #pragma unroll 1
         for (int group = 0; group < GROUPS; group++) {
             const int begin = plan[1 + group], end = plan[2 + group];
@@ -158,27 +161,30 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
             __syncwarp();
             Sums sums;
             sums.run(RESIDENT ? resident : factors, staged + buffer * TOKENS * PITCH, begin, end);
-            const float* at = own_constants + 8 * t;
 #pragma unroll
-            for (int i = 0; i < TILES * 2; i++) {
-                const int tile = i / 2, half = i % 2, from = tile % 2 * 16 + half * 8 + g;
+            for (int i = 0; i < SLICES * TILES * 2; i++) {
+                const int slice = i / (TILES * 2), tile = i / 2 % TILES, half = i % 2, from = tile % 2 * 16 + half * 8 + g;
+                const float* at = own_constants + slice * CONSTANTS * 32 + 8 * t;
                 const float alpha = from_half((u16)__shfl_sync(ALL_LANES, (u32)alphas[tile / 2], from));
                 const float beta = OFFSETS ? from_half((u16)__shfl_sync(ALL_LANES, (u32)betas[tile / 2], from)) : 0;
 #pragma unroll
                 for (int c = 0; c < 8; c++) {
                     const int n = c / 2, at_c = half * 2 + c % 2;
-                    const float sum = (float)(sums.hi[tile][n][at_c] * 256 + sums.lo[tile][n][at_c]);
-                    float own = group ? x[tile][half][c] : at[c];
+                    const float sum = (float)(sums.hi[slice][tile][n][at_c] * 256 + sums.lo[slice][tile][n][at_c]);
+                    float own = group ? x[slice][tile][half][c] : at[c];
                     own = fmaf(alpha * at[(1 + group) * 32 + c], sum, own);
                     if (OFFSETS) own = fmaf(beta, at[(1 + GROUPS + group) * 32 + c], own);
-                    x[tile][half][c] = own;
+                    x[slice][tile][half][c] = own;
                 }
             }
         }
         void* to = (u8*)out + ((first + g) * gridDim.z + h) * (HEAD_DIM * (OUT ? 2 : 4));
 #pragma unroll
-        for (int i = 0; i < TILES * 2; i++)
-            if (first + i * 8 + g < tokens) store_8(to, (i64)i * 8 * gridDim.z * HEAD_DIM + blockIdx.y * 32 + 8 * t, x[i / 2][i % 2]);
+        for (int i = 0; i < SLICES * TILES * 2; i++) {
+            const int part = i / (TILES * 2), row = i % (TILES * 2);
+            const i64 at = (i64)row * 8 * gridDim.z * HEAD_DIM + (blockIdx.y * SLICES + part) * 32 + 8 * t;
+            if (first + row * 8 + g < tokens) store_8(to, at, x[part][row / 2][row % 2]);
+        }
         __syncwarp();
     }
 }

@@ -72,10 +72,20 @@ __device__ __forceinline__ float tanh_of(float x) { return 1 - 2 / (1 + exp2_fas
 // The halves of a lane's scales of tokens token_of(lane, c, 0) and + 1.
 __device__ __forceinline__ u32 scale_pair(const u16* scales, int lane, int c) { return *(const u32*)(scales + token_of(lane, c, 0)); }
 
+// The numbers whose upper parts lanes t < 2 have in `c`, for query rows 2t and 2t + 1, and lanes t + 2 the lower ones of BITS
+// bits: lanes t < 2 end with those of the product's row g, lanes t + 2 with those of row g + 8.
+template <int BITS>
+__device__ __forceinline__ void join_halves(float (&d)[2], Accumulators c, int lane) {
+    const bool upper = (lane & 2) == 0;
+    const int x = __shfl_xor_sync(ALL_LANES, upper ? c.z : c.x, 2), y = __shfl_xor_sync(ALL_LANES, upper ? c.w : c.y, 2);
+    const int own_factor = upper ? 1 << BITS : 1, other_factor = upper ? 1 : 1 << BITS;
+    d[0] = __int_as_float(own_factor * (upper ? c.x : c.z) + (other_factor * x + FLOATING)) - OFFSET;
+    d[1] = __int_as_float(own_factor * (upper ? c.y : c.w) + (other_factor * y + FLOATING)) - OFFSET;
+}
+
 // Sums of the integers where t = +1, over one unit, of 16 tokens: d, for the two rows of this lane and one of its tokens.
 __device__ __forceinline__ void unit_dots(float (&d)[2], uint2 low, uint2 high, const uint2 (&b)[STEPS], int lane) {
-    const bool upper = (lane & 2) == 0;
-    const int first_factor = upper ? -2 : 2;
+    const int first_factor = (lane & 2) == 0 ? -2 : 2;
     Accumulators c = {0, 0, 0, 0};
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
@@ -83,10 +93,7 @@ __device__ __forceinline__ void unit_dots(float (&d)[2], uint2 low, uint2 high, 
         if (s) c = Accumulators{factor * c.x, factor * c.y, factor * c.z, factor * c.w};
         c = mma_and_popc(low.x, low.y, high.x, high.y, b[s], c);
     }
-    const int x = __shfl_xor_sync(ALL_LANES, upper ? c.z : c.x, 2), y = __shfl_xor_sync(ALL_LANES, upper ? c.w : c.y, 2);
-    const int own_factor = upper ? 1 << STEPS : 1, other_factor = upper ? 1 : 1 << STEPS;
-    d[0] = __int_as_float(own_factor * (upper ? c.x : c.z) + (other_factor * x + FLOATING)) - OFFSET;
-    d[1] = __int_as_float(own_factor * (upper ? c.y : c.w) + (other_factor * y + FLOATING)) - OFFSET;
+    join_halves<STEPS>(d, c, lane);
 }
 
 // Takes a page's pieces from the ring, where the first has place 0, calling `refill(n)` once piece n is used; if not

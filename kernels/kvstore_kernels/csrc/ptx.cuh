@@ -118,6 +118,13 @@ __device__ __forceinline__ u32 to_bfloats(float low, float high) {
     return pair;
 }
 
+// Bytes of a and b, chosen by the nibbles of the lower half of `selector`; bit 3 of a nibble fills the byte with its sign.
+__device__ __forceinline__ u32 select_bytes(u32 a, u32 b, u32 selector) {
+    u32 out;
+    asm("prmt.b32 %0,%1,%2,%3;" : "=r"(out) : "r"(a), "r"(b), "r"(selector));
+    return out;
+}
+
 // Both halves brought into [0, 65504]; NaN becomes 0.
 __device__ __forceinline__ u32 clamp_halves(u32 pair) {
     u32 out;

@@ -37,10 +37,29 @@ struct Queries {
     float half_debias;  // debias / 2 * sm_scale
 };
 
-// Fills `planes` and `constants`. Every warp of the block takes part, several to a row where there are more warps than rows;
-// the caller synchronises.
-__device__ __forceinline__ void prepare_queries(uint2* planes, float* constants, const Queries& q, Head head, const int* units,
-                                                const float* noise) {
+// Where attend.cu and score.cu have the integers: as bit planes. A warp calls with its 32 rows of E.
+struct BitPlanes {
+    uint2* planes;
+
+    __device__ __forceinline__ void put(int row, int unit, int slot, int integer) const {
+        const int lane = threadIdx.x & 31;
+        u32 mine = 0;
+#pragma unroll
+        for (int p = 0; p < PLANES; p++) {
+            const u32 plane = __ballot_sync(ALL_LANES, integer >> (PLANES - 1 - p) & 1);
+            if (lane == p) mine = plane;
+        }
+        u32* at = (u32*)(planes + ((row >> 2) * UNITS + unit) * STEPS * 32);
+        const int column = (row & 3) + (lane < STEPS ? 0 : 4), step = lane < STEPS ? lane : lane - STEPS;
+        if (lane < PLANES) at[((step * 8 + column) * 4 + (slot & 3)) * 2 + (slot >> 2)] = mine;
+    }
+};
+
+// Fills `constants`, and `integers` by `put(row, unit, slot of 8 words in it, this lane's integer)`. Every warp of the block
+// takes part, several to a row where there are more warps than rows; the caller synchronises.
+template <class Integers>
+__device__ __forceinline__ void prepare_queries(const Integers& integers, float* constants, const Queries& q, Head head,
+                                                const int* units, const float* noise) {
     constexpr int warps = 8, shares = ROWS < warps ? warps / ROWS : 1, slots = 8 / shares;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, share = warp / ROWS;
 #pragma unroll 1
@@ -64,29 +83,19 @@ __device__ __forceinline__ void prepare_queries(uint2* planes, float* constants,
 #pragma unroll 1
         for (int u = 0; u < UNITS; u++) {
             const int group = unit_group(units, u);
-            u32* at = (u32*)(planes + ((row >> 2) * UNITS + u) * STEPS * 32);
 #pragma unroll
             for (int slot = 0; slot < 8; slot++) {
                 const int word = unit_word(units, u, slot);
                 float value = values[slot];
                 if (u) value = present && word < head.words ? own[word * 32] : 0;
                 const float integer = step > 0 ? rintf(value / step) : 0;
-                const int bits = (int)integer;
 #pragma unroll
                 for (int g = 0; g < KEY_GROUPS; g++)
                     if (g == group) {
                         sum[g] += integer;
                         if (DEBIAS && word < head.words) spread[g] += noise[word * 32 + lane] * value * value;
                     }
-                if (slot / slots != share) continue;
-                u32 mine = 0;
-#pragma unroll
-                for (int p = 0; p < PLANES; p++) {
-                    const u32 plane = __ballot_sync(ALL_LANES, bits >> (PLANES - 1 - p) & 1);
-                    if (lane == p) mine = plane;
-                }
-                const int column = (row & 3) + (lane < STEPS ? 0 : 4), step_of_plane = lane < STEPS ? lane : lane - STEPS;
-                if (lane < PLANES) at[((step_of_plane * 8 + column) * 4 + (slot & 3)) * 2 + (slot >> 2)] = mine;
+                if (slot / slots == share) integers.put(row, u, slot, (int)integer);
             }
         }
         float* out = constants + row * ROW_CONSTANTS;

@@ -42,6 +42,7 @@ extern "C" __global__ void BOUNDS
           const int* __restrict__ unit_words, const float* __restrict__ y, void* __restrict__ out, i64 page_first, i64 page_end,
           i64 split_pages, i64 first, i64 end, i64 origin, i64 out_stride, i64 rows, i64 query_heads, i64 group, i64 y_stride,
           i64 y_extra, float unit, float cap) {
+    let_next_kernel_start();
     extern __shared__ __align__(128) u8 shared[];
     u8* pieces = shared;
     u8* scales = pieces + WARPS * RING * PIECE;
@@ -77,7 +78,7 @@ extern "C" __global__ void BOUNDS
     for (int i = 0; i < RING; i++) push(i);
 
     await_previous_kernel();
-    prepare_queries(planes, constants, Queries{y + (i64)h * rows * y_stride, rows, row_first, y_stride, y_extra, unit, 0}, head,
+    prepare_queries(BitPlanes{planes}, constants, Queries{y + (i64)h * rows * y_stride, rows, row_first, y_stride, y_extra, unit, 0}, head,
                     units, nullptr);
     __syncthreads();
 

@@ -14,6 +14,7 @@ extern "C" __global__ void __launch_bounds__(256)
     topk_maxima(const void* __restrict__ scores, u32* __restrict__ maxima, i64 heads, i64 token_stride, i64 head_stride, i64 tokens,
                 i64 groups, i64 lanes, i64 blocks) {
     let_next_kernel_start();
+    await_previous_kernel();
     const i64 row = blockIdx.x / blocks;
     const Row all(scores, row, heads, token_stride, head_stride, tokens);
     const u32 block_first = (u32)(blockIdx.x % blocks) * (256 * CHUNKS), first = block_first + threadIdx.x;

@@ -95,7 +95,7 @@ __device__ __forceinline__ void store_planes(uint2* planes, u32 (&low)[8], u32 (
 __device__ __forceinline__ void weigh(PageLogits& x, const u16* scales, int from, int to, u8* planes, float* stats) {
     const int lane = threadIdx.x & 31;
     const bool whole = from == 0 && to == PAGE;
-    float top[2] = {LOWEST, LOWEST}, total[2] = {0, 0};
+    float top[2] = {LOWEST, LOWEST}, total[2][2] = {};  // of every second token apart: attend_many.cu adds in this order too
     if (!whole) {
         asm volatile("");  // keeps this a branch
 #pragma unroll
@@ -112,12 +112,12 @@ __device__ __forceinline__ void weigh(PageLogits& x, const u16* scales, int from
     for (int i = 0; i < 32; i++) {
         const int c = i >> 2, j = i >> 1 & 1, r = i & 1;
         x[c][j][r] = exp2_fast(x[c][j][r] - top[r]);
-        total[r] += x[c][j][r];
+        total[j][r] += x[c][j][r];
     }
     float* own = stats + 2 * lane * STATS;  // written by lanes 0 and 1, whose rows are 0 .. 3
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const float all = rows_sum(total[r]);
+        const float all = rows_sum(total[0][r] + total[1][r]);
         if (lane < 2) {
             own[r * STATS + TOP] = top[r];
             own[r * STATS + TOTAL] = all;
@@ -168,26 +168,72 @@ __device__ __forceinline__ void weigh(PageLogits& x, const u16* scales, int from
     }
 }
 
-// A warp's sums over its value rows, the upper and the lower half of the weights apart until they are stored: lanes t < 2
-// have the upper ones of query rows 2t and 2t + 1, lanes t + 2 the lower. Of the rows' totals lane (page, row) has a copy of
-// its row's, of the eight pages of a round and the four rows of a tile. All are relative to 2^top.
+// Totals of the query rows of a tile, relative to 2^top: lane (page, row), of the eight pages of a round, has a copy of its row's.
+struct Totals {
+    float top, total, all[VALUE_GROUPS];  // all: of all weights
+    float offsets[VALUE_OFFSETS ? VALUE_GROUPS : 1];
+
+    __device__ __forceinline__ void clear() {
+        top = LOWEST;
+        total = 0;
+#pragma unroll
+        for (int g = 0; g < VALUE_GROUPS; g++) all[g] = 0;
+#pragma unroll
+        for (int g = 0; g < VALUE_GROUPS * VALUE_OFFSETS; g++) offsets[g] = 0;
+    }
+
+    // Takes in what this lane's page, if it is there, has left in `stats`; `unit` becomes what one weight of it counts. What
+    // was summed before has to be multiplied by the result.
+    __device__ __forceinline__ float take(const float* stats, bool there, float (&unit)[VALUE_GROUPS]) {
+        const float page_top = there ? stats[TOP] : LOWEST, highest = fmaxf(top, pages_max(page_top));
+        const float weight = exp2_fast(page_top - highest), factor = exp2_fast(top - highest);
+        top = highest;
+        total = fmaf(total, factor, pages_sum(there ? stats[TOTAL] * weight : 0));
+#pragma unroll
+        for (int g = 0; g < VALUE_GROUPS; g++) {
+            unit[g] = there ? stats[UNIT(g)] * weight : 0;
+            all[g] = fmaf(all[g], factor, pages_sum(there ? stats[WEIGHT(g)] * unit[g] : 0));
+        }
+#pragma unroll
+        for (int g = 0; g < VALUE_GROUPS * VALUE_OFFSETS; g++)
+            offsets[g] = fmaf(offsets[g], factor, pages_sum(there ? stats[OFFSET_SUM(g)] * weight : 0));
+        return factor;
+    }
+
+    __device__ __forceinline__ void store(float* sums) const {
+        sums[TOP] = top;
+        sums[TOTAL] = total;
+#pragma unroll
+        for (int g = 0; g < VALUE_GROUPS * VALUE_OFFSETS; g++) sums[2 + g] = offsets[g];
+    }
+
+  private:
+    __device__ __forceinline__ static float pages_max(float v) {
+#pragma unroll
+        for (int d = 4; d < 32; d *= 2) v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, d));
+        return v;
+    }
+
+    __device__ __forceinline__ static float pages_sum(float v) {
+#pragma unroll
+        for (int d = 4; d < 32; d *= 2) v += __shfl_xor_sync(ALL_LANES, v, d);
+        return v;
+    }
+};
+
+// A warp's sums over its value rows and the totals: lanes t < 2 have value rows g of query rows 2t and 2t + 1, lanes t + 2
+// value rows g + 8.
 struct Sums {
-    float rows[ROW_TILES][VALUE_WORDS][2][4];  // sum over t = +1 of the weights
-    float all[ROW_TILES][VALUE_GROUPS];        // of all weights
-    float top[ROW_TILES], total[ROW_TILES], offsets[ROW_TILES][VALUE_OFFSETS ? VALUE_GROUPS : 1];
-    float unit[ROW_TILES][VALUE_GROUPS];  // what one weight of this lane's page counts
+    float rows[ROW_TILES][VALUE_WORDS][2][2];  // sum over t = +1 of the weights
+    Totals totals[ROW_TILES];
+    float unit[ROW_TILES][VALUE_GROUPS];
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
         for (int n = 0; n < ROW_TILES; n++) {
 #pragma unroll
-            for (int i = 0; i < VALUE_WORDS * 8; i++) rows[n][i / 8][i / 4 % 2][i % 4] = 0;
-            top[n] = LOWEST;
-            total[n] = 0;
-#pragma unroll
-            for (int g = 0; g < VALUE_GROUPS; g++) all[n][g] = 0;
-#pragma unroll
-            for (int g = 0; g < VALUE_GROUPS * VALUE_OFFSETS; g++) offsets[n][g] = 0;
+            for (int i = 0; i < VALUE_WORDS * 4; i++) rows[n][i / 4][i / 2 % 2][i % 2] = 0;
+            totals[n].clear();
         }
     }
 
@@ -196,27 +242,13 @@ struct Sums {
         const int lane = threadIdx.x & 31, page = lane >> 2;
 #pragma unroll
         for (int n = 0; n < ROW_TILES; n++) {
-            const float* own = stats + (page * ROWS + n * 4 + (lane & 3)) * STATS;
-            const bool there = page < present;
-            const float page_top = there ? own[TOP] : LOWEST;
-            const float highest = fmaxf(top[n], pages_max(page_top));
-            const float weight = exp2_fast(page_top - highest), factor = exp2_fast(top[n] - highest);
-            top[n] = highest;
-            total[n] = fmaf(total[n], factor, pages_sum(there ? own[TOTAL] * weight : 0));
-#pragma unroll
-            for (int g = 0; g < VALUE_GROUPS; g++) {
-                unit[n][g] = there ? own[UNIT(g)] * weight : 0;
-                all[n][g] = fmaf(all[n][g], factor, pages_sum(there ? own[WEIGHT(g)] * unit[n][g] : 0));
-            }
-#pragma unroll
-            for (int g = 0; g < VALUE_GROUPS * VALUE_OFFSETS; g++)
-                offsets[n][g] = fmaf(offsets[n][g], factor, pages_sum(there ? own[OFFSET_SUM(g)] * weight : 0));
+            const float factor = totals[n].take(stats + (page * ROWS + n * 4 + (lane & 3)) * STATS, page < present, unit[n]);
             if (__any_sync(ALL_LANES, factor != 1))
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
                     const float own_factor = of_row(factor, 0, r);
 #pragma unroll
-                    for (int k = 0; k < VALUE_WORDS * 4; k++) rows[n][k / 4][k / 2 % 2][k % 2 * 2 + r] *= own_factor;
+                    for (int k = 0; k < VALUE_WORDS * 2; k++) rows[n][k / 2][k % 2][r] *= own_factor;
                 }
         }
     }
@@ -237,14 +269,13 @@ struct Sums {
                 Accumulators c = {0, 0, 0, 0};
 #pragma unroll
                 for (int s = 0; s < WEIGHT_STEPS; s++) {
-                    const int add = s == WEIGHT_STEPS - 1 ? FLOATING : 0;
-                    if (s) c = Accumulators{2 * c.x + add, 2 * c.y + add, 2 * c.z + add, 2 * c.w + add};
+                    if (s) c = Accumulators{2 * c.x, 2 * c.y, 2 * c.z, 2 * c.w};
                     c = mma_and_popc(a[half].x, a[half].y, a[half].z, a[half].w, b[s], c);
                 }
-                const int counts[4] = {c.x, c.y, c.z, c.w};
+                float counts[2];
+                join_halves<WEIGHT_STEPS>(counts, c, lane);
 #pragma unroll
-                for (int i = 0; i < 4; i++)
-                    rows[n][k][half][i] = fmaf(units[i & 1], __int_as_float(counts[i]) - OFFSET, rows[n][k][half][i]);
+                for (int r = 0; r < 2; r++) rows[n][k][half][r] = fmaf(units[r], counts[r], rows[n][k][half][r]);
             }
         }
     }
@@ -253,49 +284,27 @@ struct Sums {
     // [ROWS, SUMS]. sum w t = 2 sum over t = +1 of w - sum w.
     __device__ __forceinline__ void store(float* partials, float* sums, i64 stride, i64 present, int words, const u8* groups) {
         const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-        const bool upper = (lane & 2) == 0;
 #pragma unroll
         for (int n = 0; n < ROW_TILES; n++) {
 #pragma unroll
             for (int k = 0; k < VALUE_WORDS; k++) {
                 const int word = warp * VALUE_WORDS + k;
                 if (word >= words) break;
-                const float sum_all = of_group(all[n], VALUE_GROUPS == 1 ? 0 : groups[word]);
+                const float sum_all = of_group(totals[n].all, VALUE_GROUPS == 1 ? 0 : groups[word]);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const int half = i / 2, r = i % 2, row = n * 4 + 2 * (lane & 1) + r;
-                    // Lanes t < 2 store value row g, lanes t >= 2 value row g + 8.
-                    const float* both = rows[n][k][half];
-                    const float other = __shfl_xor_sync(ALL_LANES, upper ? both[2 + r] : both[r], 2);
-                    const float own = upper ? both[r] : both[2 + r], of_all = of_row(sum_all, 0, r);
-                    const float sum = upper ? fmaf(own, 1 << WEIGHT_STEPS, other) : fmaf(other, 1 << WEIGHT_STEPS, own);
-                    float* to = partials + row * stride + word * 32 + half * 16 + (upper ? 0 : 8) + (lane >> 2);
-                    if (row < present) *to = 2 * sum - of_all;
+                    float* to = partials + row * stride + word * 32 + half * 16 + (lane & 2) * 4 + (lane >> 2);
+                    const float of_all = of_row(sum_all, 0, r);
+                    if (row < present) *to = 2 * rows[n][k][half][r] - of_all;
                 }
             }
             const int row = n * 4 + lane;
-            if (warp == 0 && lane < 4 && row < present) {
-                sums[row * SUMS + TOP] = top[n];
-                sums[row * SUMS + TOTAL] = total[n];
-#pragma unroll
-                for (int g = 0; g < VALUE_GROUPS * VALUE_OFFSETS; g++) sums[row * SUMS + 2 + g] = offsets[n][g];
-            }
+            if (warp == 0 && lane < 4 && row < present) totals[n].store(sums + row * SUMS);
         }
     }
 
   private:
-    __device__ __forceinline__ static float pages_max(float v) {
-#pragma unroll
-        for (int d = 4; d < 32; d *= 2) v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, d));
-        return v;
-    }
-
-    __device__ __forceinline__ static float pages_sum(float v) {
-#pragma unroll
-        for (int d = 4; d < 32; d *= 2) v += __shfl_xor_sync(ALL_LANES, v, d);
-        return v;
-    }
-
     // What the lane of `page` and of this lane's query row 2t + r, or 2 (t - 2) + r, has.
     __device__ __forceinline__ static float of_row(float v, int page, int r) {
         return __shfl_sync(ALL_LANES, v, page * 4 + 2 * (threadIdx.x & 1) + r);

@@ -20,6 +20,14 @@ FINE_ROWS = 3
 """Value rows a channel above which weights have 10 bits instead of 8: the sketch's own error is then below theirs."""
 SUMS_MOST = 8
 """Row tiles times value words of a warp: its sums must fit in registers."""
+MANY_ROWS = 9
+"""Query rows from which attend_many.cu is the faster one."""
+MANY_SUMS_MOST = 16
+"""The same of its sums, of which it keeps fewer beside them."""
+BLOCK_ROWS = 16
+"""Of its products."""
+EXACT_SUM = 2**22
+"""attend_many.cu keeps sums over all units below this."""
 RESERVED_BYTES = 1024
 """Of a multiprocessor's shared memory, for each block and once more."""
 
@@ -28,9 +36,8 @@ def macros(
     keys: Expansion, values: Expansion, key_basis: DeviceExpansion, value_basis: DeviceExpansion, rows: int, *,
     soft_cap: bool, debias: bool,
 ) -> build.Macros:  # fmt: skip
-    """The specialisation for `rows` query rows a KV head: as many in one pass as fit."""
+    """The specialisation for `rows` query rows a KV head, as many in one pass as fit; with STAGES attend_many.cu's."""
     value_words = max(1, -(-value_basis.words // WARPS))
-    tiles = row_tiles(rows)
     m = {
         "UNITS": key_basis.units.shape[1],
         "PLANES": keys.query_bits,
@@ -44,6 +51,9 @@ def macros(
         "DEBIAS": int(debias),
     }
     memory = build.shared_memory_bytes(key_basis.matrix.device)
+    if rows >= MANY_ROWS and (many := _placed_many(m, rows, memory)) is not None:
+        return many
+    tiles = row_tiles(rows)
     while tiles > 1 and (tiles * value_words > SUMS_MOST or _placed(m, tiles, memory) is None):
         tiles //= 2
     placed = _placed(m, tiles, memory)
@@ -66,7 +76,7 @@ def variants(
     for tiles in ROW_TILES:
         m = macros(keys, values, key_basis, value_basis, TILE_ROWS * tiles, soft_cap=False, debias=debias)
         if m["ROW_TILES"] == tiles:
-            yield "attend", m, shared_bytes(m)
+            yield name_of(m), m, shared_bytes(m)
             yield "merge", merge_macros(m, values.layout.head_dim, dtype), 4 * value_basis.width
 
 
@@ -81,8 +91,43 @@ def _placed(m: build.Macros, tiles: int, memory: int) -> build.Macros | None:
     return None
 
 
+def _placed_many(m: build.Macros, rows: int, memory: int) -> build.Macros | None:
+    """`m` for attend_many.cu; None where that cannot be or would not fit."""
+    simple = m["KEY_GROUPS"] == m["VALUE_GROUPS"] == 1 and not (m["KEY_OFFSETS"] or m["VALUE_OFFSETS"])
+    if not simple or m["UNITS"] * 8 * WORD_ROWS << m["PLANES"] - 1 >= EXACT_SUM:
+        return None
+    tiles = 8 if rows > BLOCK_ROWS and 8 * m["VALUE_WORDS"] <= MANY_SUMS_MOST else 4
+    light = tiles * m["VALUE_WORDS"] <= (8 if m["WEIGHT_PLANES"] == 8 else 4)
+    for blocks, stages in ((2, 3), (2, 2), (1, 3), (1, 2)):
+        most = memory // blocks - RESERVED_BYTES * (3 - blocks)
+        placed = {**m, "ROW_TILES": tiles, "BLOCKS": blocks, "STAGES": stages}
+        if tiles * m["VALUE_WORDS"] <= MANY_SUMS_MOST and (blocks == 1 or light) and shared_bytes(placed) <= most:
+            return placed
+    return None
+
+
+def name_of(m: build.Macros) -> str:
+    return "attend_many" if "STAGES" in m else "attend"
+
+
 def shared_bytes(m: build.Macros) -> int:
-    """What attend.cu lays out."""
+    """What the kernel lays out."""
+    return _shared_bytes_many(m) if "STAGES" in m else _shared_bytes_few(m)
+
+
+def _shared_bytes_many(m: build.Macros) -> int:
+    rows = TILE_ROWS * m["ROW_TILES"]
+    blocks, fragment = rows // BLOCK_ROWS, 512
+    stage = 1024 * WARPS * (m["UNITS"] + m["VALUE_WORDS"]) + 1024
+    queries = (1 + (m["PLANES"] > 8)) * m["UNITS"] * blocks * 8 * fragment
+    weights = (1 + (m["WEIGHT_PLANES"] > 8)) * 8 * blocks * fragment
+    found = 8 * rows * 4 * (3 + WARPS)
+    row = 4 * (5 + 4 + 4 + 3)  # constants, totals, constants again, room
+    places = (2 * m["UNITS"] + m["VALUE_WORDS"] + 1) * 4 * 32 * WARPS
+    return m["STAGES"] * stage + queries + weights + 2 * found + rows * row + 32 + 2 * 4 * PAGE_TOKENS + 16 + places
+
+
+def _shared_bytes_few(m: build.Macros) -> int:
     rows = TILE_ROWS * m["ROW_TILES"]
     constants = -(-rows * (1 + 4 * m["KEY_GROUPS"]) * 4 // 16) * 16
     planes = m["ROW_TILES"] * m["UNITS"] * m["PLANES"] // 2 * 256
@@ -153,7 +198,7 @@ def _splits(
     unit, cap = (sm_scale / soft_cap, soft_cap * LOG2_E) if soft_cap else (sm_scale * LOG2_E, 0.0)
     shared = shared_bytes(m)
     grid = (splits, heads, -(-rows // (TILE_ROWS * m["ROW_TILES"])))
-    build.kernel("attend", device, m, shared).launch(
+    build.kernel(name_of(m), device, m, shared).launch(
         grid, WARPS * 32, shared, pages.slab, pages.table, values.pages.slab, values.pages.table, key_basis.heads,
         value_basis.heads, key_basis.units, value_basis.groups, y, key_basis.noise, partials, sums, page_first,
         page_end, split, pages.first, pages.end, rows, key_basis.length, key_basis.width, value_basis.width, unit, cap,

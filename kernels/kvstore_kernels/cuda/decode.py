@@ -15,10 +15,10 @@ SLICE = 32
 """Channels of a block."""
 WARPS = 4
 TILE_TOKENS = 16
-PLACES = ((4, 1), (2, 1), (2, 0), (1, 0))
-"""Tiles of a warp, and whether factors lie in shared memory; best first, the first for one group alone."""
-BLOCKS = 2
-"""A multiprocessor holds."""
+PLACES = ((2, 2, 1, 2), (1, 3, 1, 3), (1, 2, 1, 2), (1, 2, 0, 2), (1, 1, 0, 2))
+"""Slices and tiles of a warp, whether factors lie in shared memory, blocks of a multiprocessor; best first."""
+GROUPED_PLACES = PLACES[2:]
+"""For more than one group."""
 SHARED_MOST = 160 * 1024
 """Bytes that every device has."""
 SIGN = 64
@@ -52,9 +52,9 @@ def macros(expansion: Expansion, steps: int, dtype: torch.dtype) -> build.Macros
         "OFFSETS": int(expansion.layout.has_offsets),
         "OUT": OUT_DTYPES[dtype],
     }
-    for tiles, resident in PLACES if m["GROUPS"] == 1 else PLACES[1:]:
-        placed = {**m, "TILES": tiles, "RESIDENT": resident}
-        if shared_bytes(placed) <= SHARED_MOST:
+    for slices, tiles, resident, blocks in PLACES if m["GROUPS"] == 1 else GROUPED_PLACES:
+        placed = {**m, "SLICES": slices, "TILES": tiles, "RESIDENT": resident, "BLOCKS": blocks}
+        if m["HEAD_DIM"] % (SLICE * slices) == 0 and shared_bytes(placed) * (blocks if resident else 1) <= SHARED_MOST:
             return placed
     raise ValueError(f"a sketch of {2 * steps} words a head does not fit {SHARED_MOST} bytes of shared memory")
 
@@ -70,7 +70,8 @@ def shared_bytes(m: build.Macros) -> int:
     pitch, constants = 2 * (m["STEPS"] | 1), 1 + m["GROUPS"] * (1 + m["OFFSETS"])
     plan = 2 + m["GROUPS"] + 2 * m["STEPS"]
     staged = WARPS * 2 * TILE_TOKENS * m["TILES"] * pitch
-    return m["RESIDENT"] * m["STEPS"] * 4096 + 4 * (constants * SLICE + staged + plan)
+    slices = m["SLICES"]
+    return m["RESIDENT"] * slices * m["STEPS"] * 4096 + 4 * (slices * constants * SLICE + staged + plan)
 
 
 def decode(signs: Signs, expansion: Expansion, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -86,9 +87,9 @@ def decode(signs: Signs, expansion: Expansion, dtype: torch.dtype = torch.float3
     out = torch.empty(tokens, layout.heads, layout.head_dim, dtype=dtype, device=device)
     if not tokens:
         return out
-    slices, shared = layout.head_dim // SLICE, shared_bytes(m)
+    slices, shared = layout.head_dim // (SLICE * m["SLICES"]), shared_bytes(m)
     most = -(-tokens // (WARPS * TILE_TOKENS * m["TILES"]))
-    blocks = max(1, min(most, BLOCKS * build.multiprocessors(device) // (slices * layout.heads)))
+    blocks = max(1, min(most, m["BLOCKS"] * build.multiprocessors(device) // (slices * layout.heads)))
     build.kernel("decode", device, m, shared).launch(
         (blocks, slices, layout.heads), WARPS * 32, shared, signs.words.contiguous(), signs.scales.contiguous(),
         factors.plans, factors.bytes, factors.constants, out, tokens, layout.words, layout.scales,

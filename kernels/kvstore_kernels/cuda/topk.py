@@ -13,6 +13,8 @@ CANDIDATES = 8192
 CHUNK = 8
 BLOCK_CHUNKS = 1024
 LANES_MOST = 32
+GROUPS = 8
+"""For each score that is wanted; one of them is read again."""
 SHARED_BYTES = 8 * CANDIDATES + 4 * K_MOST + 4 * 256 + 16
 
 
@@ -27,11 +29,11 @@ def variants() -> Iterator[build.Variant]:
 
 
 def group_lanes(tokens: int, k: int) -> int:
-    """Chunks of scores in one group: as many as leave 2 k groups, a power of two; 0 to read every chunk."""
+    """Chunks of scores in one group: as many as leave 8 k groups, a power of two; 0 to read every chunk."""
     lanes = LANES_MOST
-    while lanes and tokens < 2 * k * lanes * CHUNK:
+    while lanes > 1 and tokens < GROUPS * k * lanes * CHUNK:
         lanes //= 2
-    return lanes if tokens > CANDIDATES else 0
+    return lanes if tokens > CANDIDATES and tokens >= 2 * k * lanes * CHUNK else 0
 
 
 def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -59,8 +61,9 @@ def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         blocks = -(-slots // (CHUNK * BLOCK_CHUNKS))
         maxima = torch.empty(rows, groups, dtype=torch.int32, device=scores.device)
         build.kernel("topk_maxima", scores.device, m).launch(
-            (rows * blocks, 1, 1), 256, 0, scores, maxima, heads, *strides, tokens, groups, lanes, blocks
-        )
+            (rows * blocks, 1, 1), 256, 0, scores, maxima, heads, *strides, tokens, groups, lanes, blocks,
+            follows=True,
+        )  # fmt: skip
     build.kernel("topk", scores.device, m, SHARED_BYTES).launch(
         (rows, 1, 1), 1024, SHARED_BYTES, scores, maxima, positions, best, heads, *strides, tokens, groups, lanes, kept,
         (1 << slots.bit_length()) - 1, follows=bool(lanes),
