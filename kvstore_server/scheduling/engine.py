@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from kvstore_server.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from kvstore_server.scheduling.completion import Completions, Later, Outcome, settle, settle_all
+from kvstore_server.scheduling.fair_lane import FairLane
 
 T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741
@@ -20,8 +20,9 @@ TOGETHER_MAX = 64
 """Pieces of work that one run takes: its scratch memory grows with them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Work:
+    tenant: str
     item: Any
     run: Callable[[list[Any]], Sequence[Any] | Later[Sequence[Any]]]
     """Results of several items, in their order."""
@@ -37,7 +38,7 @@ class Engine:
     """Runs work on one thread, so that ops never compete for the device and page writes have an order.
 
     The two lanes alternate when both wait: a long append delays a query by at most one piece of encoding, and a flood
-    of queries cannot starve appends. At most `waiting_max` pieces wait in a lane; more are refused. Queries of one key
+    of queries cannot starve appends. Within a lane tenants take turns by their weights (fair_lane.py). At most `waiting_max` pieces wait in a lane; more are refused. Queries of one key
     that wait at the same time are run together; nothing ever waits for others to come.
 
     An error for which `is_fatal` holds means that the device is lost: it and all work after it answer Unavailable, and
@@ -52,10 +53,11 @@ class Engine:
         on_fatal: Callable[[BaseException], None] = lambda _: None,
         ran: Callable[[Lane, list[float], float], None] = lambda *_: None,
         ordered: Callable[[], AbstractContextManager[object]] = nullcontext,
+        weight_of: Callable[[str], int] = lambda _: 1,
     ) -> None:
         self._waiting_max = waiting_max
         self._is_fatal, self._on_fatal, self._ran = is_fatal, on_fatal, ran
-        self._lanes: dict[Lane, deque[Work]] = {"query": deque(), "encode": deque()}
+        self._lanes: dict[Lane, FairLane[Work]] = {"query": FairLane(weight_of), "encode": FairLane(weight_of)}
         self._wake = threading.Condition()
         self._open = True
         self.runs = 0
@@ -64,7 +66,9 @@ class Engine:
         self._thread = threading.Thread(target=self._serve, args=(ordered,), name="kvstore-device", daemon=True)
         self._thread.start()
 
-    async def run(self, work: Callable[[], T | Later[T]], deadline: float, lane: Lane = "query") -> T:
+    async def run(
+        self, work: Callable[[], T | Later[T]], deadline: float, lane: Lane = "query", tenant: str = ""
+    ) -> T:
         """The result of `work()` run on the device thread; DeadlineExceeded if its turn comes after `deadline`.
 
         Raises ResourceExhausted when the lane is full and Unavailable when the engine is closed. Cancelling the caller
@@ -75,21 +79,34 @@ class Engine:
             result = work()
             return Later(lambda: [result.wait()]) if isinstance(result, Later) else [result]
 
-        return await self._add(lane, None, alone, None, deadline)
+        return await self._add(lane, tenant, None, alone, None, deadline)
 
     def run_together(
-        self, key: Hashable, item: I, work: Callable[[list[I]], Sequence[T] | Later[Sequence[T]]], deadline: float
+        self,
+        key: Hashable,
+        item: I,
+        work: Callable[[list[I]], Sequence[T] | Later[Sequence[T]]],
+        deadline: float,
+        tenant: str = "",
     ) -> "asyncio.Future[T]":
         """`item`'s part of `work(items)`, whose items are those of this key that wait when the device is free.
 
         `work` may return what the device has still to finish; it must be the same function for equal keys. Otherwise
         as `run`, except that a full lane is refused at once and no task is needed to wait.
         """
-        return self._add("query", item, work, key, deadline)
+        return self._add("query", tenant, item, work, key, deadline)
 
     @property
     def waiting(self) -> int:
         return sum(len(lane) for lane in self._lanes.values())
+
+    def wait_seconds(self, tenant: str) -> float:
+        """How long another query of the tenant would probably wait for its turn."""
+        lane = self._lanes["query"]
+        if not len(lane):
+            return 0.0
+        with self._wake:
+            return lane.wait_seconds(tenant)
 
     def close(self, timeout_seconds: float) -> None:
         """Finishes what waits, then ends the thread; work left after the timeout answers Unavailable."""
@@ -101,7 +118,7 @@ class Engine:
         self._completions.close(timeout_seconds)
 
     def _add(
-        self, lane: Lane, item: Any, run: Callable[[list[Any]], Any], key: Hashable, deadline: float
+        self, lane: Lane, tenant: str, item: Any, run: Callable[[list[Any]], Any], key: Hashable, deadline: float
     ) -> "asyncio.Future[Any]":
         with self._wake:
             if not self._open:
@@ -114,7 +131,7 @@ class Engine:
                     limit=self._waiting_max,
                 )
             done = asyncio.get_running_loop().create_future()
-            self._lanes[lane].append(Work(item, run, key, deadline, done, monotonic()))
+            self._lanes[lane].add(Work(tenant, item, run, key, deadline, done, monotonic()))
             self._wake.notify()
         return done
 
@@ -133,20 +150,8 @@ class Engine:
                     return
                 other: Lane = "query" if last == "encode" else "encode"
                 last = other if self._lanes[other] else last
-                taken = self._take(self._lanes[last])
+                taken = self._lanes[last].take(TOGETHER_MAX)
             self._run(last, taken)
-
-    @staticmethod
-    def _take(lane: deque[Work]) -> list[Work]:
-        """The work whose turn it is, with what may be run together with it."""
-        taken = [lane.popleft()]
-        if (key := taken[0].key) is not None:
-            taken += [work for work in lane if work.key == key][: TOGETHER_MAX - 1]
-            chosen = set(map(id, taken))
-            kept = [work for work in lane if id(work) not in chosen]
-            lane.clear()
-            lane.extend(kept)
-        return taken
 
     def _run(self, lane: Lane, taken: list[Work]) -> None:
         now = monotonic()
@@ -165,24 +170,29 @@ class Engine:
             self._failed(waiting, error)
             return
         if not isinstance(results, Later):
-            self._ran(lane, queued, monotonic() - now)
+            self._note(lane, due[0].tenant, queued, monotonic() - now)
             settle_all(waiting, results)
             return
-        results = self._timed(lane, queued, now, results)
+        results = self._timed(lane, due[0].tenant, queued, now, results)
         if self.waiting or self._completions.busy:
             self._completions.add(waiting, results)
         else:  # nothing else to launch: another thread would only cost a switch
             self._finish(waiting, results)
 
     def _timed(
-        self, lane: Lane, queued: list[float], begun: float, results: Later[Sequence[Any]]
+        self, lane: Lane, tenant: str, queued: list[float], begun: float, results: Later[Sequence[Any]]
     ) -> Later[Sequence[Any]]:
         def wait() -> Sequence[Any]:
             found = results.wait()
-            self._ran(lane, queued, monotonic() - begun)
+            self._note(lane, tenant, queued, monotonic() - begun)
             return found
 
         return Later(wait)
+
+    def _note(self, lane: Lane, tenant: str, queued: list[float], seconds: float) -> None:
+        with self._wake:
+            self._lanes[lane].charge(tenant, len(queued), seconds)
+        self._ran(lane, queued, seconds)
 
     def _finish(self, waiting: "list[asyncio.Future[Any]]", results: Later[Sequence[Any]]) -> None:
         """Waits for the device and answers."""
@@ -205,7 +215,5 @@ class Engine:
 
     def _refuse_waiting(self, error: Unavailable) -> None:
         with self._wake:
-            refused = [Outcome(work.done, error=error) for lane in self._lanes.values() for work in lane]
-            for lane in self._lanes.values():
-                lane.clear()
+            refused = [Outcome(work.done, error=error) for lane in self._lanes.values() for work in lane.clear()]
         settle(refused)

@@ -223,7 +223,7 @@ class OpenAppend:
         return keys, values
 
     async def _on_device(self, work: Callable[[], T]) -> T:
-        return await self._appending.engine.run(work, self._deadline, "encode")
+        return await self._appending.engine.run(work, self._deadline, "encode", self._live.state.tenant)
 
     async def _commit(
         self, log: CommitLog, digest: str, rows: list[LayerRows], fit: Fit | None, exact: int

@@ -83,7 +83,7 @@ class Querying:
                 def work(layer: int = layer) -> None:
                     memory.prefetch(resident, layer, end)
 
-                await self._engine.run(work, deadline, "encode")
+                await self._engine.run(work, deadline, "encode", tenant)
         return Prefetched(live.generation, live.length, resident.nbytes)
 
     async def attend(self, tenant: str, query: Query, debias: float | None, deadline: float) -> AttendAnswer:
@@ -112,7 +112,8 @@ class Querying:
         def work(items: list[attention.Item]) -> Later[list[AttendAnswer]]:
             return attention.attend(self._device, prefix, share, items)
 
-        answer = self._engine.run_together((prefix.key, share, query.q.dtype), item, work, deadline)
+        tenant = live.state.tenant
+        answer = self._engine.run_together((prefix.key, share, query.q.dtype), item, work, deadline, tenant)
         answer.add_done_callback(partial(self._answered, live, query))
         return answer
 
@@ -128,14 +129,14 @@ class Querying:
         row_bytes = 4 * query.q.shape[0] * query.q.shape[1]
         step = max(1, min(SCORE_TOKENS, self._limits.frame_bytes_max // row_bytes))
         q, heads = self._full(prefix, query), self._asked_heads(query)
-        fidelity = await self._engine.run(lambda: attention.fidelity(prefix, q, heads), deadline)
+        fidelity = await self._engine.run(lambda: attention.fidelity(prefix, q, heads), deadline, tenant=tenant)
         for first in range(start, query.end, step) or (start,):
             part = replace(prefix, end=min(first + step, query.end))
 
             def work(first: int = first, part: attention.Prefix = part) -> Later[Sequence[torch.Tensor]]:
                 return Later(attention.score(self._device, part, first, q))
 
-            (scores,) = await self._engine.run(work, deadline)
+            (scores,) = await self._engine.run(work, deadline, tenant=tenant)
             yield ScoreAnswer(scores[:, heads], first, live.generation, live.length, fidelity)
 
     async def top_k(self, tenant: str, query: Query, k: int, oversampling: float | None, deadline: float) -> TopKAnswer:
@@ -150,7 +151,7 @@ class Querying:
             fidelity = attention.fidelity(answered, q, heads)
             return Later(lambda: (best(), fidelity))
 
-        (positions, scores), fidelity = await self._engine.run(work, deadline)
+        (positions, scores), fidelity = await self._engine.run(work, deadline, tenant=tenant)
         answer = TopKAnswer(positions[:, heads], scores[:, heads], live.generation, live.length, fidelity)
         self._quality.top_k(live, query, answer)
         return answer
@@ -172,11 +173,11 @@ class Querying:
             raise InvalidArgument("token_end", f"{size} bytes are more than {limit} in one Fetch", limit=limit)
         fit = None if query.decoded else live.fit
         precision = attention.effective(resident, layers[0], replace(query.precision, required=False), live.state.floor)
-        parts = self._parts(resident, fit, replace(query, layers=layers, precision=precision), deadline)
+        parts = self._parts(tenant, resident, fit, replace(query, layers=layers, precision=precision), deadline)
         return FetchAnswer(live.info(), live.fit, parts)
 
     async def _parts(
-        self, resident: ResidentSession, fit: Fit | None, query: FetchQuery, deadline: float
+        self, tenant: str, resident: ResidentSession, fit: Fit | None, query: FetchQuery, deadline: float
     ) -> AsyncIterator[FetchPart]:
         cut = self._decoded if query.decoded else _stored
         if fit is not None and resident.plan is not None:
@@ -188,7 +189,7 @@ class Querying:
                 def work(layer: int = layer, kind: Kind = kind) -> list[FetchPart]:
                     return cut(resident, query, layer, kind)
 
-                for part in await self._engine.run(work, deadline, "encode"):
+                for part in await self._engine.run(work, deadline, "encode", tenant):
                     yield part
 
     def _decoded(self, resident: ResidentSession, query: FetchQuery, layer: int, kind: Kind) -> list[FetchPart]:

@@ -60,7 +60,7 @@ class SessionService:
         )
         self._freshness = Freshness(index, self.registry)
         self.expiry = Expiry(self.registry, self._indexing)
-        quotas = Quotas(settings.quota)
+        quotas = Quotas(settings.quota_of)
         cooling = Cooling(
             store,
             self.registry,
