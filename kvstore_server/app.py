@@ -29,8 +29,9 @@ from kvstore_server.monitoring.page import Replica, Session, render
 from kvstore_server.monitoring.roll import Roll
 from kvstore_server.monitoring.web import Web
 from kvstore_server.redaction import Redactor, secrets_in
+from kvstore_server.rpc.admission import Admission
 from kvstore_server.rpc.authentication import Authenticator
-from kvstore_server.rpc.handlers import SERVICE, Admission, Handlers
+from kvstore_server.rpc.handlers import SERVICE, Handlers
 from kvstore_server.rpc.service import KVStoreServicer, server_info
 from kvstore_server.rpc.tls import open_ports
 from kvstore_server.scheduling.engine import Engine
@@ -40,7 +41,6 @@ from kvstore_server.storage.opening import open_store
 from kvstore_server.telemetry import Telemetry
 
 LOG = logging.getLogger(__name__)
-ENGINE_WAITING_MAX = 4096
 SWITCH_SECONDS = 0.0005
 """How long the event loop may keep the interpreter from the device's thread while both have work: 5 ms by default."""
 DEVICE_LOST_EXIT = 3
@@ -51,7 +51,12 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.admission = Admission(settings.limits)
+        self.admission = Admission(
+            settings.limits,
+            weight_of=settings.weight_of,
+            has_tenants=settings.identity.is_asked,
+            wait_seconds=lambda tenant: self._engine.wait_seconds(tenant),
+        )
         self.telemetry = Telemetry()
         self.port = self.mtls_port = 0
         self.failed = asyncio.Event()
@@ -71,10 +76,16 @@ class Server:
         device = await asyncio.to_thread(open_device, settings.device)
         backend = device.backend
         self._engine = Engine(
-            ENGINE_WAITING_MAX, backend.is_fatal, self._device_lost, self.telemetry.ran, backend.ordered
+            settings.limits.device_waiting_max,
+            backend.is_fatal,
+            self._device_lost,
+            self.telemetry.ran,
+            backend.ordered,
+            settings.weight_of,
         )
         index = open_index(settings.index)
-        self.sessions = SessionService(store, index, self._engine, device, settings, self.telemetry)
+        append_room = self.admission.pools["appends"]
+        self.sessions = SessionService(store, index, self._engine, device, settings, self.telemetry, append_room)
         self._measure(device)
         await self.sessions.start()
         info = server_info(
@@ -170,6 +181,8 @@ class Server:
         gauge("kvstore_merged_objects", "Objects made of small ones since the start", lambda: merging.merged)
         gauge("kvstore_audit_lost", "Lines of the audit log that could not be written", lambda: self._audit.lost)
         gauge("kvstore_calls_in_flight", "Calls being answered", lambda: self.admission.in_flight)
+        for name, pool in self.admission.pools.items():
+            gauge(f"kvstore_places_{name}", f"Places of `{name}` that are taken", lambda pool=pool: pool.held)
 
     def _page(self, replica: Replica) -> str:
         """On a thread of the web server."""
@@ -226,13 +239,17 @@ def redactor(settings: Settings) -> Redactor:
 
 
 def _options(settings: Settings) -> list[tuple[str, int]]:
-    message = settings.limits.message_bytes_max + PROTOCOL_OVERHEAD_BYTES
+    limits = settings.limits
+    message = limits.message_bytes_max + PROTOCOL_OVERHEAD_BYTES
     return [
         ("grpc.max_receive_message_length", message),
         ("grpc.max_send_message_length", message),
         ("grpc.so_reuseport", 0),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_time_ms", limits.keepalive_seconds * 1000),
+        ("grpc.keepalive_timeout_ms", limits.keepalive_timeout_seconds * 1000),
+        ("grpc.max_connection_age_ms", limits.connection_seconds_max * 1000),
+        ("grpc.max_connection_age_grace_ms", limits.connection_grace_seconds * 1000),
+        ("grpc.max_concurrent_streams", limits.connection_calls_max),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
         # A stream that nobody reads yet, as of a caller who will be refused, takes no more than this.
         ("grpc.http2.lookahead_bytes", 1 << 20),

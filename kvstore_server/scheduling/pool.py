@@ -1,7 +1,6 @@
 """Places and bytes that tenants share: one may take much while there is room, and never the last of it from the others."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvstore_server.errors import ResourceExhausted
@@ -90,11 +89,3 @@ class Share:
         self._size -= size
         pool.free_places += 1
         pool.free_bytes += size
-
-    @contextmanager
-    def holding(self, size: int = 0) -> Iterator[None]:
-        self.take(size)
-        try:
-            yield
-        finally:
-            self.give(size)

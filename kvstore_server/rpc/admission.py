@@ -1,0 +1,108 @@
+"""Who may come in: nobody while the server drains, and only so many at a time, shared fairly between tenants.
+
+Everything is decided when a call or step comes, by a few comparisons and without waiting. Health checks, reflection and
+metrics do not come here.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import monotonic
+
+from kvstore_server.errors import ResourceExhausted, Unavailable
+from kvstore_server.limits import Limits
+from kvstore_server.scheduling.pool import Bound, Pool, Share
+
+BUSY_RETRY_SECONDS = 0.05
+STEP_RETRY_SECONDS = 0.01
+APPEND_RETRY_SECONDS = 0.2
+POOL_OF = {
+    "Score": "queries",
+    "TopK": "queries",
+    "Fetch": "queries",
+    "Prefetch": "queries",
+    "PutProjection": "projections",
+    "GetProjection": "projections",
+    "Attend": "attend_streams",
+}
+"""The others share `calls`."""
+
+
+class Admission:
+    """`wait_seconds` says how long a tenant's next query would wait for the device."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        weight_of: Callable[[str], int],
+        has_tenants: bool,
+        wait_seconds: Callable[[str], float],
+    ) -> None:
+        def pool(places: str, size: str | None = None, retry: float = BUSY_RETRY_SECONDS) -> Pool:
+            bounds = [Bound(name, getattr(limits, name)) for name in (places, size) if name]
+            over_free = limits.tenant_over_free_max if has_tenants else float("inf")
+            return Pool(*bounds, over_free=over_free, weight_of=weight_of, retry_after_seconds=retry)
+
+        self.pools = {
+            "calls": pool("calls_inflight_max"),
+            "queries": pool("queries_inflight_max", "queries_inflight_bytes_max"),
+            "projections": pool("projections_inflight_max"),
+            "attend_streams": pool("attend_streams_max"),
+            "steps": pool("steps_inflight_max", "steps_inflight_bytes_max", STEP_RETRY_SECONDS),
+            "appends": pool("appends_inflight_max", "appends_inflight_bytes_max", APPEND_RETRY_SECONDS),
+        }
+        self._wait_seconds, self._wait_seconds_max = wait_seconds, limits.query_wait_ms_max / 1000
+        self.draining = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.in_flight = 0
+
+    @contextmanager
+    def call(self, method: str, tenant: str, deadline: float) -> Iterator["Place"]:
+        """A place for one call; Unavailable while draining, ResourceExhausted when there is none for the tenant."""
+        if self.draining.is_set():
+            raise Unavailable("DRAINING", "the server is draining")
+        pool = POOL_OF.get(method, "calls")
+        if pool == "queries":
+            self.check_wait(tenant, deadline)
+        place = Place(self.pools[pool].share(tenant))
+        self.in_flight += 1
+        self._idle.clear()
+        try:
+            yield place
+        finally:
+            place.give()
+            self.in_flight -= 1
+            if not self.in_flight:
+                self._idle.set()
+
+    def check_wait(self, tenant: str, deadline: float) -> None:
+        """ResourceExhausted if a query would wait too long for the device, or beyond its deadline."""
+        wait = self._wait_seconds(tenant)
+        if wait and wait > min(self._wait_seconds_max, deadline - monotonic()):
+            limit = round(self._wait_seconds_max * 1000)
+            text = f"the device would be free for this tenant in {wait:.2f} s; query_wait_ms_max is {limit}"
+            raise ResourceExhausted(
+                "BUSY", text, max(wait, BUSY_RETRY_SECONDS), bound="query_wait_ms_max", limit=limit
+            )
+
+    async def idle(self) -> None:
+        """Returns when no call is in flight."""
+        await self._idle.wait()
+
+
+class Place:
+    """What one call holds."""
+
+    def __init__(self, share: Share) -> None:
+        share.take()
+        self._share, self._size = share, 0
+
+    def grow(self, size: int) -> None:
+        """Once the request is here: so many bytes of it."""
+        self._share.grow(size)
+        self._size += size
+
+    def give(self) -> None:
+        self._share.give(self._size)
