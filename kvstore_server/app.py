@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from functools import partial
@@ -27,7 +28,7 @@ from kvstore_server.metadata.redis import RedisIndex
 from kvstore_server.monitoring.history import History
 from kvstore_server.monitoring.page import Replica, Session, render
 from kvstore_server.monitoring.roll import Roll
-from kvstore_server.monitoring.web import Web
+from kvstore_server.monitoring.web import Probes, Web
 from kvstore_server.redaction import Redactor, secrets_in
 from kvstore_server.rpc.admission import Admission
 from kvstore_server.rpc.authentication import Authenticator
@@ -44,6 +45,9 @@ LOG = logging.getLogger(__name__)
 SWITCH_SECONDS = 0.0005
 """How long the event loop may keep the interpreter from the device's thread while both have work: 5 ms by default."""
 DEVICE_LOST_EXIT = 3
+LIVENESS = "liveness"
+"""What a health check asks about to learn whether the process is to be ended: SERVING while it drains, too."""
+LIVE_SECONDS = 5.0
 
 
 class Server:
@@ -55,7 +59,7 @@ class Server:
             settings.limits,
             weight_of=settings.weight_of,
             has_tenants=settings.identity.is_asked,
-            wait_seconds=lambda tenant: self._engine.wait_seconds(tenant),
+            wait_seconds=self._wait_seconds,
         )
         self.telemetry = Telemetry()
         self.port = self.mtls_port = 0
@@ -115,7 +119,11 @@ class Server:
             started_unix_seconds=time(),
         )
         metrics = settings.listen.metrics_address
-        self.web = Web(metrics, self.telemetry.registry, lambda: self._page(replica)) if metrics else None
+        self.web = None
+        if metrics is not None:
+            probes = Probes(live=self._is_live, ready=lambda: self._state == "serving")
+            self.web = Web(metrics, self.telemetry.registry, lambda: self._page(replica), probes)
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         LOG.info(
             "serving on %s, device %s, store %s, index %s",
@@ -128,8 +136,8 @@ class Server:
     async def drain(self) -> bool:
         """NOT_SERVING, no new calls, admitted ones finish within `drain_seconds`; False if some had to be cut off."""
         LOG.info("draining, %d calls in flight", self.admission.in_flight)
-        self.admission.draining.set()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.admission.draining.set()
         finished = True
         try:
             await asyncio.wait_for(self.admission.idle(), self.settings.drain_seconds)
@@ -148,6 +156,9 @@ class Server:
             await asyncio.to_thread(self.web.close)
         LOG.info("drained" if finished else "cut off what did not finish within drain_seconds")
         return finished
+
+    def _wait_seconds(self, tenant: str, before: int, enough: float) -> float:
+        return self._engine.wait_seconds(tenant, before, enough)
 
     def _device_lost(self, error: BaseException) -> None:
         """On a thread of the engine."""
@@ -194,6 +205,14 @@ class Server:
         name = f"{gethostname()}:{self.port}"
         return ReplicaEntry(name=name, version=version, device=device, state=self._state, seen_unix_seconds=now)
 
+    def _is_live(self) -> bool:
+        """Whether the event loop still turns. On a thread of the web server."""
+        try:
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop).result(LIVE_SECONDS)
+        except TimeoutError:
+            return False
+        return True
+
     @property
     def _state(self) -> str:
         return "draining" if self.admission.draining.is_set() else "serving"
@@ -204,18 +223,21 @@ class Server:
 
 
 async def serve(settings: Settings) -> int:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once. The process's exit code."""
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once. The process's exit code.
+
+    What is acknowledged is in the store by then, so nothing is lost with a process that ends at once.
+    """
     sys.setswitchinterval(SWITCH_SECONDS)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     server = Server(settings)
+    await server.start()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await server.start()
     ends = [asyncio.ensure_future(event.wait()) for event in (stop, server.failed)]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.remove_signal_handler(number)
+        loop.add_signal_handler(number, os._exit, 128 + number)
     drained = await server.drain()
     return DEVICE_LOST_EXIT if server.failed.is_set() else 0 if drained else 1
 

@@ -62,15 +62,17 @@ class Limits(BaseModel):
     topk_max: Count = 4_096
     """k of one TopK, its oversampling counted in."""
     topk_results_max: Count = 1 << 20
-    """Query tokens x query heads x k of one TopK."""
+    """Query tokens x query heads x k of one TopK, its oversampling counted in, or x `refine` of one Attend item."""
     fetch_bytes_max: Count = 1024 * MIB
     """The data of one Fetch, all parts together."""
     queries_inflight_max: Count = 256
-    """Score, TopK, Fetch and Prefetch calls that are queued or computed at one time."""
+    """Score and TopK calls that are queued or computed at one time."""
     queries_inflight_bytes_max: Count = 512 * MIB
     """Bytes of their requests, together."""
+    fetches_inflight_max: Count = 256
+    """Fetch and Prefetch calls at one time."""
     query_wait_ms_max: Count = 1_000
-    """How long a query may have to wait for the device by what is known when it comes; those before it are its tenant's."""
+    """How long a query or step may have to wait for the device, by what is known when it comes."""
 
     attend_streams_max: Count = 256
     """Attend streams that are open at one time."""
@@ -96,8 +98,8 @@ class Limits(BaseModel):
     device_waiting_max: Count = 4_096
     """Pieces of work that wait for the device, of queries and of encoding each."""
     tenant_over_free_max: Count = 4
-    """A tenant gets places and bytes of what is in flight only while it holds at most so many times its weight what is
-    free: alone 4/5 of all, n that want all of it 4 / (4 n + 1) each. Without identity there is one tenant, and no bound."""
+    """A tenant gets a place only while it holds at most so many times its weight of what is free, and bytes likewise:
+    alone 4/5 of all, n that want everything 4 / (4 n + 1) each. Without identity there is one tenant, without bound."""
 
     deadline_default_seconds: Count = 30
     """For a call or step that names no deadline."""

@@ -5,8 +5,9 @@ metrics do not come here.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from time import monotonic
 
 from kvstore_server.errors import ResourceExhausted, Unavailable
@@ -19,8 +20,8 @@ APPEND_RETRY_SECONDS = 0.2
 POOL_OF = {
     "Score": "queries",
     "TopK": "queries",
-    "Fetch": "queries",
-    "Prefetch": "queries",
+    "Fetch": "fetches",
+    "Prefetch": "fetches",
     "PutProjection": "projections",
     "GetProjection": "projections",
     "Attend": "attend_streams",
@@ -29,7 +30,7 @@ POOL_OF = {
 
 
 class Admission:
-    """`wait_seconds` says how long a tenant's next query would wait for the device."""
+    """`wait_seconds(tenant, n, enough)`: a query's wait for the device with n of its tenant's before it."""
 
     def __init__(
         self,
@@ -37,7 +38,7 @@ class Admission:
         *,
         weight_of: Callable[[str], int],
         has_tenants: bool,
-        wait_seconds: Callable[[str], float],
+        wait_seconds: Callable[[str, int, float], float],
     ) -> None:
         def pool(places: str, size: str | None = None, retry: float = BUSY_RETRY_SECONDS) -> Pool:
             bounds = [Bound(name, getattr(limits, name)) for name in (places, size) if name]
@@ -47,6 +48,7 @@ class Admission:
         self.pools = {
             "calls": pool("calls_inflight_max"),
             "queries": pool("queries_inflight_max", "queries_inflight_bytes_max"),
+            "fetches": pool("fetches_inflight_max"),
             "projections": pool("projections_inflight_max"),
             "attend_streams": pool("attend_streams_max"),
             "steps": pool("steps_inflight_max", "steps_inflight_bytes_max", STEP_RETRY_SECONDS),
@@ -65,7 +67,7 @@ class Admission:
             raise Unavailable("DRAINING", "the server is draining")
         pool = POOL_OF.get(method, "calls")
         if pool == "queries":
-            self.check_wait(tenant, deadline)
+            self.turns(tenant).check(deadline)
         place = Place(self.pools[pool].share(tenant))
         self.in_flight += 1
         self._idle.clear()
@@ -77,19 +79,37 @@ class Admission:
             if not self.in_flight:
                 self._idle.set()
 
-    def check_wait(self, tenant: str, deadline: float) -> None:
-        """ResourceExhausted if a query would wait too long for the device, or beyond its deadline."""
-        wait = self._wait_seconds(tenant)
-        if wait and wait > min(self._wait_seconds_max, deadline - monotonic()):
-            limit = round(self._wait_seconds_max * 1000)
-            text = f"the device would be free for this tenant in {wait:.2f} s; query_wait_ms_max is {limit}"
-            raise ResourceExhausted(
-                "BUSY", text, max(wait, BUSY_RETRY_SECONDS), bound="query_wait_ms_max", limit=limit
-            )
+    def turns(self, tenant: str) -> "Turns":
+        shares = [self.pools[name].share(tenant) for name in ("queries", "steps")]
+        return Turns(tenant, shares, self._wait_seconds_max, self._wait_seconds)
 
     async def idle(self) -> None:
         """Returns when no call is in flight."""
         await self._idle.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """When a tenant's next query would have the device."""
+
+    tenant: str
+    held: Sequence[Share]
+    """Queries and steps, which count from their admission on: they may still be on their way to the device."""
+    seconds_max: float
+    wait_seconds: Callable[[str, int, float], float]
+
+    def check(self, deadline: float) -> None:
+        """ResourceExhausted if a query would wait too long, or beyond its deadline."""
+        before = sum([share.places for share in self.held]) - 1
+        if before <= 0:  # one is not waited for but run
+            return
+        enough = min(self.seconds_max, deadline - monotonic())
+        wait = self.wait_seconds(self.tenant, before, enough)
+        if wait > enough:
+            limit = round(self.seconds_max * 1000)
+            text = f"the device is free for this tenant in {wait:.2f} s; query_wait_ms_max is {limit}"
+            retry = max(wait, BUSY_RETRY_SECONDS)
+            raise ResourceExhausted("BUSY", text, retry, bound="query_wait_ms_max", limit=limit)
 
 
 class Place:

@@ -43,7 +43,7 @@ class AttendStream:
     ) -> None:
         self._telemetry = telemetry
         self._querying, self._limits, self._tenant, self._admission = querying, limits, tenant, admission
-        self._room = admission.pools["steps"].share(tenant)
+        self._turns, self._room = admission.turns(tenant), admission.pools["steps"].share(tenant)
         self._bound: dict[int, tuple[str, str]] = {}
         self._steps: dict[int, StepInFlight] = {}
         self._bytes = 0
@@ -185,7 +185,7 @@ class AttendStream:
             if now >= limit:
                 text = f"{what} {limit} are in flight on this stream"
                 raise ResourceExhausted("BUSY", text, STEP_RETRY_SECONDS, bound=what, limit=limit)
-        self._admission.check_wait(self._tenant, deadline)
+        self._turns.check(deadline)
         size = len(step.q.data)
         self._room.take(size)
         return size

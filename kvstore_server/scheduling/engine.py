@@ -38,8 +38,9 @@ class Engine:
     """Runs work on one thread, so that ops never compete for the device and page writes have an order.
 
     The two lanes alternate when both wait: a long append delays a query by at most one piece of encoding, and a flood
-    of queries cannot starve appends. Within a lane tenants take turns by their weights (fair_lane.py). At most `waiting_max` pieces wait in a lane; more are refused. Queries of one key
-    that wait at the same time are run together; nothing ever waits for others to come.
+    of queries cannot starve appends. Within a lane tenants take turns by their weights (fair_lane.py). At most
+    `waiting_max` pieces wait in a lane; more are refused. Queries of one key, which are of one tenant, that wait at the
+    same time are run together; nothing ever waits for others to come.
 
     An error for which `is_fatal` holds means that the device is lost: it and all work after it answer Unavailable, and
     `on_fatal` is called once, on a thread of the engine. `ran` hears of every run, also there: its lane, the seconds
@@ -66,9 +67,7 @@ class Engine:
         self._thread = threading.Thread(target=self._serve, args=(ordered,), name="kvstore-device", daemon=True)
         self._thread.start()
 
-    async def run(
-        self, work: Callable[[], T | Later[T]], deadline: float, lane: Lane = "query", tenant: str = ""
-    ) -> T:
+    async def run(self, work: Callable[[], T | Later[T]], deadline: float, lane: Lane = "query", tenant: str = "") -> T:
         """The result of `work()` run on the device thread; DeadlineExceeded if its turn comes after `deadline`.
 
         Raises ResourceExhausted when the lane is full and Unavailable when the engine is closed. Cancelling the caller
@@ -100,13 +99,16 @@ class Engine:
     def waiting(self) -> int:
         return sum(len(lane) for lane in self._lanes.values())
 
-    def wait_seconds(self, tenant: str) -> float:
-        """How long another query of the tenant would probably wait for its turn."""
+    def wait_seconds(self, tenant: str, before: int, enough: float) -> float:
+        """How long a query would probably wait for its turn, with so many of its tenant's before it.
+
+        More than that is said if it is not more than `enough`: it costs nothing to know.
+        """
         lane = self._lanes["query"]
-        if not len(lane):
-            return 0.0
+        if (most := lane.wait_seconds_max(tenant, before)) <= enough:
+            return most
         with self._wake:
-            return lane.wait_seconds(tenant)
+            return lane.wait_seconds(tenant, before)
 
     def close(self, timeout_seconds: float) -> None:
         """Finishes what waits, then ends the thread; work left after the timeout answers Unavailable."""

@@ -52,7 +52,8 @@ class FairLane(Generic[W]):
         """Those with work that waits."""
         self._now = 0.0
         """What the tenant had that was served last."""
-        self._count = 0
+        self._weights = self._count = 0
+        """Of the active tenants, and pieces of work."""
 
     def __len__(self) -> int:
         return self._count
@@ -63,6 +64,7 @@ class FairLane(Generic[W]):
             queue = self._queue(work.tenant)
             queue.used = max(queue.used, self._now)
             self._active[work.tenant] = queue
+            self._weights += queue.weight
         queue.waiting.append(work)
         self._count += 1
 
@@ -81,6 +83,7 @@ class FairLane(Generic[W]):
             waiting.extend(kept)
         if not waiting:
             del self._active[tenant]
+            self._weights -= queue.weight
         self._count -= len(taken)
         return taken
 
@@ -90,7 +93,7 @@ class FairLane(Generic[W]):
         for queue in self._active.values():
             queue.waiting.clear()
         self._active.clear()
-        self._count = 0
+        self._weights = self._count = 0
         return everything
 
     def charge(self, tenant: str, pieces: int, seconds: float) -> None:
@@ -100,13 +103,15 @@ class FairLane(Generic[W]):
         measured = min(seconds / pieces, GROWTH_MAX * queue.seconds_each)
         queue.seconds_each += GAIN * (measured - queue.seconds_each)
 
-    def wait_seconds(self, tenant: str) -> float:
-        """How long another piece of the tenant's work would probably wait for its turn."""
-        queue = self._active.get(tenant)
-        if queue is None:
-            return 0.0
-        share = queue.weight / sum(each.weight for each in self._active.values())
-        return min(queue.seconds / share, sum(each.seconds for each in self._active.values()))
+    def wait_seconds(self, tenant: str, before: int) -> float:
+        """How long a piece of the tenant's work would probably wait for its turn, with so many of it before."""
+        own, others = before * self._queue(tenant).seconds_each, self._active.values()
+        return min(self.wait_seconds_max(tenant, before), own + sum(each.seconds for each in others))
+
+    def wait_seconds_max(self, tenant: str, before: int) -> float:
+        """The same if all others had as much waiting; any thread may ask."""
+        queue = self._queue(tenant)
+        return before * queue.seconds_each * (1 + self._weights / queue.weight)
 
     def _queue(self, tenant: str) -> Queue[W]:
         if tenant not in self._queues:

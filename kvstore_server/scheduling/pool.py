@@ -1,4 +1,4 @@
-"""Places and bytes that tenants share: one may take much while there is room, and never the last of it from the others."""
+"""Places and bytes that tenants share: one may take much while there is room, and never the last from the others."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,20 +57,20 @@ class Pool:
 class Share:
     """What one tenant holds of a pool."""
 
-    __slots__ = ("_places", "_pool", "_reach", "_size")
+    __slots__ = ("_pool", "_reach", "_size", "places")
 
     def __init__(self, pool: Pool, reach: float) -> None:
         self._pool, self._reach = pool, reach
-        self._places = self._size = 0
+        self.places = self._size = 0
 
     def take(self, size: int = 0) -> None:
         """One place with so many bytes; ResourceExhausted, which names the bound."""
         pool = self._pool
         free = pool.free_places - 1
-        if free < 0 or self._places > self._reach * free:
+        if free < 0 or self.places > self._reach * free:
             raise pool.refusal(pool.places)
         self.grow(size)
-        self._places += 1
+        self.places += 1
         pool.free_places = free
 
     def grow(self, size: int) -> None:
@@ -85,7 +85,7 @@ class Share:
     def give(self, size: int = 0) -> None:
         """Back one place with so many bytes."""
         pool = self._pool
-        self._places -= 1
+        self.places -= 1
         self._size -= size
         pool.free_places += 1
         pool.free_bytes += size

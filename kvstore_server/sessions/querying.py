@@ -222,11 +222,12 @@ class Querying:
                 f"heads [{query.head_offset}, {query.head_offset + heads}) are outside [0, {shape.query_heads})",
                 limit=shape.query_heads,
             )
-        if (cost := tokens * heads * query.end) > self._limits.query_logits_max:
-            limit = self._limits.query_logits_max
-            raise InvalidArgument("q.shape", f"{cost} logits in one query are more than {limit}", limit=limit)
+        if tokens * heads * query.end > (limit := self._limits.query_logits_max):
+            text = f"{tokens} rows x {heads} heads x {query.end} tokens are more than query_logits_max {limit}"
+            raise InvalidArgument("q.shape", text, bound="query_logits_max", limit=limit)
         if query.refine > (limit := self._limits.topk_max):
             raise InvalidArgument("refine", f"{query.refine} is more than {limit}", limit=limit)
+        self._check_results("refine", tokens * heads, query.refine)
         floor = live.state.floor
         precision = attention.effective(resident, query.layer, query.precision, floor)
         return attention.Prefix(resident, query.layer, query.end, precision, floor, query.refine)
@@ -247,11 +248,13 @@ class Querying:
             raise InvalidArgument("oversampling", f"{factor} is outside [1, {limit}]", limit=limit)
         if k * factor > limit:
             raise InvalidArgument("oversampling", f"k x oversampling is more than {limit}", limit=limit)
-        results = k * query.q.shape[0] * query.q.shape[1]
-        if results > self._limits.topk_results_max:
-            limit = self._limits.topk_results_max
-            raise InvalidArgument("k", f"{results} results are more than {limit}", limit=limit)
+        self._check_results("k", query.q.shape[0] * query.q.shape[1], int(k * factor))
         return 0 if oversampling is None else int(k * factor)
+
+    def _check_results(self, field: str, logit_rows: int, k: int) -> None:
+        if logit_rows * k > (limit := self._limits.topk_results_max):
+            text = f"{k} candidates x {logit_rows} rows and heads are more than topk_results_max {limit}"
+            raise InvalidArgument(field, text, bound="topk_results_max", limit=limit)
 
     @staticmethod
     def _check_layer(resident: ResidentSession, layer: int) -> None:
