@@ -105,11 +105,13 @@ class FairLane(Generic[W]):
 
     def wait_seconds(self, tenant: str, before: int) -> float:
         """How long a piece of the tenant's work would probably wait for its turn, with so many of it before."""
-        own, others = before * self._queue(tenant).seconds_each, self._active.values()
-        return min(self.wait_seconds_max(tenant, before), own + sum(each.seconds for each in others))
+        queue = self._queue(tenant)
+        own, others = before * queue.seconds_each, [each for each in self._active.values() if each is not queue]
+        by_turns = own * (1 + sum(each.weight for each in others) / queue.weight)
+        return min(by_turns, own + sum(each.seconds for each in others))
 
     def wait_seconds_max(self, tenant: str, before: int) -> float:
-        """The same if all others had as much waiting; any thread may ask."""
+        """That or more, at less cost and for any thread."""
         queue = self._queue(tenant)
         return before * queue.seconds_each * (1 + self._weights / queue.weight)
 

@@ -18,7 +18,7 @@ from kvstore_codecs.named import shape_named
 from kvstore_server.config import Address
 from kvstore_server.monitoring.history import History
 from kvstore_server.monitoring.page import POLICY, Replica, render
-from kvstore_server.monitoring.web import Web
+from kvstore_server.monitoring.web import Probes, Web
 
 from ..running import serving
 
@@ -41,7 +41,7 @@ def counting(policy: str = POLICY) -> Iterator[Web]:
     def page() -> str:
         return render(Replica("1", "a", f"device {next(numbers)}", "s", "i", 0.0), "serving", history, ())
 
-    web = Web(Address("127.0.0.1", 0), registry, page, policy)
+    web = Web(Address("127.0.0.1", 0), registry, page, Probes(live=lambda: True, ready=lambda: True), policy)
     try:
         yield web
     finally:

@@ -28,7 +28,7 @@ from ..running import ServerProcess
 
 SHAPE = ModelShape(layers=1, kv_heads=1, query_heads=2, head_dim=32, dtype="float32", sm_scale=0.2)
 TOKENS = 8
-WORK_SECONDS = 0.025
+WORK_SECONDS = 0.04
 CAPACITY = 1 / WORK_SECONDS
 """Calls a second."""
 DEADLINE_SECONDS = 2.0

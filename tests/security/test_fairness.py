@@ -8,11 +8,11 @@ import pytest
 from .open_loop import CAPACITY, Loaded, Outcomes, loaded
 
 WHOLE_SUITE = os.environ.get("KVSTORE_TIER") == "F"
-SECONDS = 30.0 if WHOLE_SUITE else 8.0
+SECONDS = 40.0 if WHOLE_SUITE else 10.0
 OTHERS = [f"tenant-{number}" for number in range(1, 10)]
 HOG = "hog"
-RATE = 0.8 * CAPACITY / (len(OTHERS) + 1)
-"""Of each of the nine, a second: four fifths of an equal share."""
+RATE = 0.7 * CAPACITY / (len(OTHERS) + 1)
+"""Of each of the nine, a second: less than an equal share, which is all that it is owed."""
 HOG_TIMES = 100
 KEPT_MIN = 0.9
 HOG_FIRST = f"tenants: {{{HOG}: {{weight: 1000}}}}"
