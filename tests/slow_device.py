@@ -28,5 +28,5 @@ def attend(device: Any, prefix: Any, share: Any, items: list[Any]) -> Any:
 if __name__ == "__main__":
     attention.top_k, attention.attend = top_k, attend
     if os.environ.get("ADMIT_ALL"):  # the bug that the test of overload must find
-        Turns.check = lambda *_: None
+        Turns.check = lambda self, deadline: None
     main()
