@@ -110,19 +110,7 @@ class Server:
         self._history.note()
         self._roll = Roll(index, partial(self._entry, info.version, backend.name))
         self._watching = [asyncio.create_task(each.run()) for each in (self._history, self._roll)]
-        replica = Replica(
-            version=info.version,
-            address=str(Address(settings.listen.address.host, self.port)),
-            device=backend.name,
-            store=info.store,
-            index=info.index,
-            started_unix_seconds=time(),
-        )
-        metrics = settings.listen.metrics_address
-        self.web = None
-        if metrics is not None:
-            probes = Probes(live=self._is_live, ready=lambda: self._state == "serving")
-            self.web = Web(metrics, self.telemetry.registry, lambda: self._page(replica), probes)
+        self.web = self._open_web(info.version, backend.name)
         await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         LOG.info(
@@ -156,6 +144,22 @@ class Server:
             await asyncio.to_thread(self.web.close)
         LOG.info("drained" if finished else "cut off what did not finish within drain_seconds")
         return finished
+
+    def _open_web(self, version: str, device: str) -> Web | None:
+        settings = self.settings
+        if settings.listen.metrics_address is None:
+            return None
+        replica = Replica(
+            version=version,
+            address=str(Address(settings.listen.address.host, self.port)),
+            device=device,
+            store=settings.storage.kind,
+            index=settings.index.url,
+            started_unix_seconds=time(),
+        )
+        probes = Probes(live=self._is_live, ready=lambda: self._state == "serving")
+        page = partial(self._page, replica)
+        return Web(settings.listen.metrics_address, self.telemetry.registry, page, probes)
 
     def _wait_seconds(self, tenant: str, before: int, enough: float) -> float:
         return self._engine.wait_seconds(tenant, before, enough)

@@ -12,7 +12,7 @@ from time import monotonic
 
 from kvstore_server.errors import ResourceExhausted, Unavailable
 from kvstore_server.limits import Limits
-from kvstore_server.scheduling.pool import Bound, Pool, Share
+from kvstore_server.scheduling.pool import UNBOUNDED, Bound, Pool, Share
 
 BUSY_RETRY_SECONDS = 0.05
 STEP_RETRY_SECONDS = 0.01
@@ -40,19 +40,30 @@ class Admission:
         has_tenants: bool,
         wait_seconds: Callable[[str, int, float], float],
     ) -> None:
-        def pool(places: str, size: str | None = None, retry: float = BUSY_RETRY_SECONDS) -> Pool:
-            bounds = [Bound(name, getattr(limits, name)) for name in (places, size) if name]
-            over_free = limits.tenant_over_free_max if has_tenants else float("inf")
-            return Pool(*bounds, over_free=over_free, weight_of=weight_of, retry_after_seconds=retry)
+        over_free = limits.tenant_over_free_max if has_tenants else float("inf")
+
+        def pool(places: Bound, size: Bound = UNBOUNDED, retry: float = BUSY_RETRY_SECONDS) -> Pool:
+            return Pool(places, size, over_free=over_free, weight_of=weight_of, retry_after_seconds=retry)
 
         self.pools = {
-            "calls": pool("calls_inflight_max"),
-            "queries": pool("queries_inflight_max", "queries_inflight_bytes_max"),
-            "fetches": pool("fetches_inflight_max"),
-            "projections": pool("projections_inflight_max"),
-            "attend_streams": pool("attend_streams_max"),
-            "steps": pool("steps_inflight_max", "steps_inflight_bytes_max", STEP_RETRY_SECONDS),
-            "appends": pool("appends_inflight_max", "appends_inflight_bytes_max", APPEND_RETRY_SECONDS),
+            "calls": pool(Bound("calls_inflight_max", limits.calls_inflight_max)),
+            "queries": pool(
+                Bound("queries_inflight_max", limits.queries_inflight_max),
+                Bound("queries_inflight_bytes_max", limits.queries_inflight_bytes_max),
+            ),
+            "fetches": pool(Bound("fetches_inflight_max", limits.fetches_inflight_max)),
+            "projections": pool(Bound("projections_inflight_max", limits.projections_inflight_max)),
+            "attend_streams": pool(Bound("attend_streams_max", limits.attend_streams_max)),
+            "steps": pool(
+                Bound("steps_inflight_max", limits.steps_inflight_max),
+                Bound("steps_inflight_bytes_max", limits.steps_inflight_bytes_max),
+                STEP_RETRY_SECONDS,
+            ),
+            "appends": pool(
+                Bound("appends_inflight_max", limits.appends_inflight_max),
+                Bound("appends_inflight_bytes_max", limits.appends_inflight_bytes_max),
+                APPEND_RETRY_SECONDS,
+            ),
         }
         self._wait_seconds, self._wait_seconds_max = wait_seconds, limits.query_wait_ms_max / 1000
         self.draining = asyncio.Event()

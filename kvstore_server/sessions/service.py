@@ -77,24 +77,9 @@ class SessionService:
             settings.merge,
             sweep_seconds=settings.sweep_seconds,
         )
-        self.maintenance = Maintenance(
-            store,
-            index,
-            self.registry,
-            cooling,
-            self.expiry,
-            quotas,
-            sweep_seconds=settings.sweep_seconds,
-            grace_seconds=grace,
-        )
-        self.merging = Merging(
-            store,
-            self.registry,
-            self._indexing,
-            settings.merge,
-            sweep_seconds=settings.sweep_seconds,
-            grace_seconds=grace,
-        )
+        times = {"sweep_seconds": settings.sweep_seconds, "grace_seconds": grace}
+        self.maintenance = Maintenance(store, index, self.registry, cooling, self.expiry, quotas, **times)
+        self.merging = Merging(store, self.registry, self._indexing, settings.merge, **times)
         self.prefixes = Prefixes(self.registry, index, self.limits, grace)
         self.lifecycle = Lifecycle(
             self.registry, self.projecting, self._indexing, quotas, self.limits, self.default_codec
