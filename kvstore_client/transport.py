@@ -75,6 +75,9 @@ class ChannelOptions:
             ("grpc.max_receive_message_length", self.message_bytes_max),
             ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),
             ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
+            # What really bounds the wait for a ping's answer: a minute by default, whatever the timeout above is.
+            ("grpc.http2.ping_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
+            ("grpc.http2.max_pings_without_data", 0),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 5000),
             ("grpc.max_reconnect_backoff_ms", int(self.reconnect_seconds_max * 1000)),

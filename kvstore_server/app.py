@@ -273,6 +273,9 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", limits.keepalive_seconds * 1000),
         ("grpc.keepalive_timeout_ms", limits.keepalive_timeout_seconds * 1000),
+        # What really bounds the wait for a ping's answer: a minute by default, whatever the timeout above is.
+        ("grpc.http2.ping_timeout_ms", limits.keepalive_timeout_seconds * 1000),
+        ("grpc.http2.max_pings_without_data", 0),
         ("grpc.max_connection_age_ms", limits.connection_seconds_max * 1000),
         ("grpc.max_connection_age_grace_ms", limits.connection_grace_seconds * 1000),
         ("grpc.max_concurrent_streams", limits.connection_calls_max),

@@ -89,12 +89,19 @@ class ServerProcess:
         self._process.wait(10)
         self._reader.join(10)
 
-    def terminate(self, timeout_seconds: float = 60) -> int:
-        """SIGTERM; the exit code."""
-        self._process.send_signal(signal.SIGTERM)
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def ended(self, timeout_seconds: float = 60) -> int:
+        """The exit code."""
         code = self._process.wait(timeout_seconds)
         self._reader.join(10)
         return code
+
+    def terminate(self, timeout_seconds: float = 60) -> int:
+        """SIGTERM; the exit code."""
+        self.signal(signal.SIGTERM)
+        return self.ended(timeout_seconds)
 
     @property
     def pid(self) -> int:

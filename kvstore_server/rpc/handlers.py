@@ -7,8 +7,8 @@ here could refuse the caller.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from time import monotonic
 from typing import Any
 
@@ -32,9 +32,20 @@ LOG = logging.getLogger(__name__)
 AUDITED = {"CreateSession", "UpdateSession", "DeleteSession", "ForkSession", "PutProjection"}
 """Besides every call that is refused for who makes it."""
 TARGET_CHARACTERS_MAX = 128
+HANG_UP_SECONDS = 0.5
 SERVICE = kvstore_pb2.DESCRIPTOR.services_by_name["KVStoreService"]
 PARSERS: dict[str, Callable[[bytes], Any]] = {"Append": parse_append}
 """Of messages that protobuf would parse too slowly."""
+
+
+class SlowReader(DeadlineExceeded):
+    """The client has not taken a message in time."""
+
+    def __init__(self, seconds: float, nothing: Message) -> None:
+        text = f"a message waited {seconds} s for the client to read"
+        super().__init__("SLOW_READER", text, bound="write_seconds_max", limit=seconds)
+        self.nothing = nothing
+        """An empty message of the method."""
 
 
 class Malformed:
@@ -84,7 +95,8 @@ class Handlers:
 
         async def stream(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
             async with self._guarded(method.name, context) as call:
-                await self._write(context, call, run(await request_of(requests, call), call.facts))
+                responses = run(await request_of(requests, call), call.facts)
+                await self._write(context, call, responses, GetMessageClass(method.output_type))
 
         make = (
             grpc.stream_stream_rpc_method_handler if method.server_streaming else grpc.stream_unary_rpc_method_handler
@@ -107,9 +119,12 @@ class Handlers:
                 call = CallInProgress(self._authenticator, Call(caller, monotonic() + seconds), self._limits)
                 check_role(caller, method)
                 with self._admission.call(method, caller.tenant, call.facts.deadline) as call.place:
-                    # An Attend stream lives on; its steps have deadlines of their own.
-                    async with asyncio.timeout(None if method == "Attend" else seconds):
-                        yield call
+                    try:
+                        # An Attend stream lives on; its steps have deadlines of their own.
+                        async with asyncio.timeout(None if method == "Attend" else seconds):
+                            yield call
+                    except SlowReader as error:
+                        await _hang_up(context, error)
             except (asyncio.CancelledError, grpc.aio.AbortError):
                 outcome.code = "CANCELLED"
                 raise
@@ -134,13 +149,17 @@ class Handlers:
         self._audit.record(who=who, tenant=outcome.tenant, what=method, target=target, result=outcome.code, peer=peer)
 
     async def _write(
-        self, context: grpc.aio.ServicerContext, call: "CallInProgress", responses: AsyncIterator[Message]
+        self,
+        context: grpc.aio.ServicerContext,
+        call: "CallInProgress",
+        responses: AsyncGenerator[Message],
+        nothing: Callable[[], Message],
     ) -> None:
         """A client that does not read must not hold its place for ever."""
         seconds, now = self._limits.write_seconds_max, asyncio.get_running_loop().time
         limit = asyncio.timeout(None)
         try:
-            async with limit:
+            async with limit, aclosing(responses):
                 async for response in responses:
                     call.check()
                     limit.reschedule(now() + seconds)
@@ -149,8 +168,7 @@ class Handlers:
         except TimeoutError:
             if not limit.expired():
                 raise
-            text = f"a message waited {seconds} s for the client to read"
-            raise DeadlineExceeded("SLOW_READER", text, bound="write_seconds_max", limit=seconds) from None
+            raise SlowReader(seconds, nothing()) from None
 
 
 class CallInProgress:
@@ -203,6 +221,22 @@ def deadline_seconds(context: grpc.aio.ServicerContext, limits: Limits) -> float
     """What is left for a call: the caller's deadline, the default where there is none, never beyond the longest."""
     remaining = context.time_remaining()
     return min(limits.deadline_default_seconds if remaining is None else remaining, limits.deadline_seconds_max)
+
+
+async def _hang_up(context: grpc.aio.ServicerContext, error: SlowReader) -> None:
+    """Ends the call once the client has taken the message that is under way, or is gone: gRPC cannot take it back.
+
+    So whoever does not read fills up the places of its own tenant, and not the memory.
+    """
+    while True:
+        try:
+            await context.write(error.nothing)  # refused at once while there is another
+        except grpc.aio.AbortError:
+            raise
+        except Exception:
+            await asyncio.sleep(HANG_UP_SECONDS)
+        else:
+            await abort(context, error)
 
 
 def _target(request: Any) -> str:
