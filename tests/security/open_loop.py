@@ -32,7 +32,9 @@ WORK_SECONDS = 0.04
 CAPACITY = 1 / WORK_SECONDS
 """Calls a second."""
 DEADLINE_SECONDS = 2.0
-REFUSAL_SECONDS_MAX = 0.01
+WHOLE_SUITE = os.environ.get("KVSTORE_TIER") == "F"
+REFUSAL_SECONDS_MAX = 0.01 if WHOLE_SUITE else 0.05
+"""A bound of a bucket of kvstore_refused_seconds; a plain run shares its cores with other tests."""
 SLOW_DEVICE = str(Path(__file__).parent.parent / "slow_device.py")
 
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from .open_loop import CAPACITY, Loaded, Outcomes, loaded
+from .open_loop import CAPACITY, WHOLE_SUITE, Loaded, Outcomes, loaded
 
-WHOLE_SUITE = os.environ.get("KVSTORE_TIER") == "F"
 SECONDS = 40.0 if WHOLE_SUITE else 10.0
 OTHERS = [f"tenant-{number}" for number in range(1, 10)]
 HOG = "hog"

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from .open_loop import CAPACITY, REFUSAL_SECONDS_MAX, Loaded, Outcomes, loaded
+from .open_loop import CAPACITY, REFUSAL_SECONDS_MAX, WHOLE_SUITE, Loaded, Outcomes, loaded
 
-WHOLE_SUITE = os.environ.get("KVSTORE_TIER") == "F"
 FACTORS = (0.5, 1.0, 2.0, 5.0, 10.0) if WHOLE_SUITE else (1.0, 10.0)
 SECONDS = 15.0 if WHOLE_SUITE else 5.0
 GOODPUT_SHARE_MIN = 0.8
