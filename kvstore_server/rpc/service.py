@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 from kvstore_codecs.spec import Affine, Matryoshka, Projected, Qjl, Raw, Rotated
 from kvstore_proto.v1 import kvstore_pb2 as pb
@@ -152,8 +153,9 @@ class KVStoreServicer:
         stream = AttendStream(
             self._sessions.querying, self._limits, call.tenant, self._admission, self._sessions.telemetry
         )
-        async for response in stream.run(requests):
-            yield response
+        async with aclosing(stream.run(requests)) as responses:
+            async for response in responses:
+                yield response
 
     async def Fetch(self, request: pb.FetchRequest, call: Call) -> AsyncIterator[pb.FetchResponse]:
         async for response in fetch_responses(

@@ -59,19 +59,16 @@ class FairLane(Generic[W]):
         return self._count
 
     def add(self, work: W) -> None:
-        queue = self._active.get(work.tenant)
-        if queue is None:
-            queue = self._queue(work.tenant)
-            queue.used = max(queue.used, self._now)
-            self._active[work.tenant] = queue
-            self._weights += queue.weight
-        queue.waiting.append(work)
+        self._awake(work.tenant).waiting.append(work)
         self._count += 1
 
+    def first(self) -> W:
+        """The work whose turn it is. There must be some."""
+        return self._next().waiting[0]
+
     def take(self, together_max: int) -> list[W]:
-        """The work whose turn it is, with other work of its key. There must be some."""
-        tenant = min(self._active, key=lambda each: self._active[each].used) if len(self._active) > 1 else None
-        tenant, queue = next(iter(self._active.items())) if tenant is None else (tenant, self._active[tenant])
+        """The same with other work of its key, which is in the lane no longer."""
+        queue = self._next()
         self._now = queue.used
         waiting = queue.waiting
         taken = [waiting.popleft()]
@@ -82,10 +79,16 @@ class FairLane(Generic[W]):
             waiting.clear()
             waiting.extend(kept)
         if not waiting:
-            del self._active[tenant]
+            del self._active[taken[0].tenant]
             self._weights -= queue.weight
         self._count -= len(taken)
         return taken
+
+    def put_back(self, taken: list[W]) -> None:
+        """Undoes `take`."""
+        queue = self._awake(taken[0].tenant)
+        queue.waiting.extendleft(reversed(taken))
+        self._count += len(taken)
 
     def clear(self) -> list[W]:
         """Takes everything."""
@@ -114,6 +117,20 @@ class FairLane(Generic[W]):
         """That or more, at less cost and for any thread."""
         queue = self._queue(tenant)
         return before * queue.seconds_each * (1 + self._weights / queue.weight)
+
+    def _next(self) -> Queue[W]:
+        if len(self._active) == 1:
+            return next(iter(self._active.values()))
+        return min(self._active.values(), key=lambda queue: queue.used)
+
+    def _awake(self, tenant: str) -> Queue[W]:
+        """The tenant's queue, to which work is about to be added."""
+        queue = self._active.get(tenant)
+        if queue is None:
+            queue = self._active[tenant] = self._queue(tenant)
+            queue.used = max(queue.used, self._now)
+            self._weights += queue.weight
+        return queue
 
     def _queue(self, tenant: str) -> Queue[W]:
         if tenant not in self._queues:
