@@ -66,6 +66,17 @@ async def test_a_server_answers_its_page_and_its_metrics(tmp_path: Path) -> None
     assert 'grpc_server_handled_total{grpc_code="OK",grpc_method="CreateSession"} 1.0' in metrics[1]
 
 
+async def test_a_draining_server_is_alive_and_not_ready(tmp_path: Path) -> None:
+    async with serving(tmp_path, listen={"metrics_address": "127.0.0.1:0"}) as server:
+        assert server.web is not None
+        for path in ("/live", "/ready"):
+            assert (await asyncio.to_thread(get, server.web.port, path))[1] == "yes\n"
+        server.admission.draining.set()
+        assert (await asyncio.to_thread(get, server.web.port, "/live"))[1] == "yes\n"
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            await asyncio.to_thread(get, server.web.port, "/ready")
+
+
 def chromium(web: Web, folder: Path, *options: str) -> str:
     """What a browser prints of the page."""
     assert CHROMIUM is not None
