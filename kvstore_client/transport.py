@@ -21,6 +21,8 @@ Reply = TypeVar("Reply")
 
 AFFINITY_KEY = "x-kv-affinity"
 STATUS_KEY = "grpc-status-details-bin"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+"""What a proxy may say in place of RetryInfo."""
 SEND_FAILED = "Internal error from Core"
 """What grpc.aio says when a message could not be sent."""
 STREAM_RESET = "RST_STREAM"
@@ -73,6 +75,9 @@ class ChannelOptions:
             ("grpc.max_receive_message_length", self.message_bytes_max),
             ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),
             ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
+            # What really bounds the wait for a ping's answer: a minute by default, whatever the timeout above is.
+            ("grpc.http2.ping_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
+            ("grpc.http2.max_pings_without_data", 0),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 5000),
             ("grpc.max_reconnect_backoff_ms", int(self.reconnect_seconds_max * 1000)),
@@ -203,7 +208,7 @@ def _as_error(error: aio.AioRpcError) -> KVStoreError:
 def _error_of(code: grpc.StatusCode, details: str | None, trailers: Iterable[tuple[str, str | bytes]]) -> KVStoreError:
     if code is grpc.StatusCode.INTERNAL and STREAM_RESET in (details or ""):
         return Unavailable(f"the connection was lost ({details})", reason="STREAM_LOST")
-    status = Status(code=code.value[0], message=details or "")
+    status, pushback_seconds = Status(code=code.value[0], message=details or ""), None
     for key, value in trailers or ():
         if key == STATUS_KEY and isinstance(value, bytes):
             try:
@@ -212,7 +217,12 @@ def _error_of(code: grpc.StatusCode, details: str | None, trailers: Iterable[tup
                 continue
             if rich.code == status.code:
                 status = rich
-    return from_status(status)
+        elif key == PUSHBACK_KEY and isinstance(value, str) and value.isdecimal():
+            pushback_seconds = int(value) / 1000
+    error = from_status(status)
+    if error.retry_after_seconds is None:
+        error.retry_after_seconds = pushback_seconds
+    return error
 
 
 def _version() -> str:

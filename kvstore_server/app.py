@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import os
 import signal
 import sys
 from functools import partial
@@ -28,10 +29,11 @@ from kvstore_server.metadata.redis import RedisIndex
 from kvstore_server.monitoring.history import History
 from kvstore_server.monitoring.page import Replica, Session, render
 from kvstore_server.monitoring.roll import Roll
-from kvstore_server.monitoring.web import Web
+from kvstore_server.monitoring.web import Probes, Web
 from kvstore_server.redaction import Redactor, secrets_in
+from kvstore_server.rpc.admission import Admission
 from kvstore_server.rpc.authentication import Authenticator
-from kvstore_server.rpc.handlers import SERVICE, Admission, Handlers
+from kvstore_server.rpc.handlers import SERVICE, Handlers
 from kvstore_server.rpc.service import KVStoreServicer, server_info
 from kvstore_server.rpc.tls import open_ports
 from kvstore_server.scheduling.engine import Engine
@@ -41,10 +43,12 @@ from kvstore_server.storage.opening import open_store
 from kvstore_server.telemetry import Telemetry
 
 LOG = logging.getLogger(__name__)
-ENGINE_WAITING_MAX = 4096
 SWITCH_SECONDS = 0.0005
 """How long the event loop may keep the interpreter from the device's thread while both have work: 5 ms by default."""
 DEVICE_LOST_EXIT = 3
+LIVENESS = "liveness"
+"""What a health check asks about to learn whether the process is to be ended: SERVING while it drains, too."""
+LIVE_SECONDS = 5.0
 
 
 class Server:
@@ -52,7 +56,12 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.admission = Admission(settings.limits)
+        self.admission = Admission(
+            settings.limits,
+            weight_of=settings.weight_of,
+            has_tenants=settings.identity.is_asked,
+            wait_seconds=self._wait_seconds,
+        )
         self.telemetry = Telemetry()
         self.port = self.mtls_port = 0
         self.failed = asyncio.Event()
@@ -72,10 +81,16 @@ class Server:
         device = await asyncio.to_thread(open_device, settings.device)
         backend = device.backend
         self._engine = Engine(
-            ENGINE_WAITING_MAX, backend.is_fatal, self._device_lost, self.telemetry.ran, backend.ordered
+            settings.limits.device_waiting_max,
+            backend.is_fatal,
+            self._device_lost,
+            self.telemetry.ran,
+            backend.ordered,
+            settings.weight_of,
         )
         index = open_index(settings.index)
-        self.sessions = SessionService(store, index, self._engine, device, settings, self.telemetry)
+        append_room = self.admission.pools["appends"]
+        self.sessions = SessionService(store, index, self._engine, device, settings, self.telemetry, append_room)
         self._measure(device)
         await self.sessions.start()
         info = server_info(
@@ -96,16 +111,8 @@ class Server:
         self._history.note()
         self._roll = Roll(index, partial(self._entry, info.version, backend.name))
         self._watching = [asyncio.create_task(each.run()) for each in (self._history, self._roll)]
-        replica = Replica(
-            version=info.version,
-            address=str(Address(settings.listen.address.host, self.port)),
-            device=backend.name,
-            store=info.store,
-            index=info.index,
-            started_unix_seconds=time(),
-        )
-        metrics = settings.listen.metrics_address
-        self.web = Web(metrics, self.telemetry.registry, lambda: self._page(replica)) if metrics else None
+        self.web = self._open_web(info.version, backend.name)
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         LOG.info(
             "serving on %s, device %s, store %s, index %s",
@@ -118,8 +125,8 @@ class Server:
     async def drain(self) -> bool:
         """NOT_SERVING, no new calls, admitted ones finish within `drain_seconds`; False if some had to be cut off."""
         LOG.info("draining, %d calls in flight", self.admission.in_flight)
-        self.admission.draining.set()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.admission.draining.set()
         finished = True
         try:
             await asyncio.wait_for(self.admission.idle(), self.settings.drain_seconds)
@@ -138,6 +145,25 @@ class Server:
             await asyncio.to_thread(self.web.close)
         LOG.info("drained" if finished else "cut off what did not finish within drain_seconds")
         return finished
+
+    def _open_web(self, version: str, device: str) -> Web | None:
+        settings = self.settings
+        if settings.listen.metrics_address is None:
+            return None
+        replica = Replica(
+            version=version,
+            address=str(Address(settings.listen.address.host, self.port)),
+            device=device,
+            store=settings.storage.kind,
+            index=settings.index.url,
+            started_unix_seconds=time(),
+        )
+        probes = Probes(live=self._is_live, ready=lambda: self._state == "serving")
+        page = partial(self._page, replica)
+        return Web(settings.listen.metrics_address, self.telemetry.registry, page, probes)
+
+    def _wait_seconds(self, tenant: str, before: int, enough: float) -> float:
+        return self._engine.wait_seconds(tenant, before, enough)
 
     def _device_lost(self, error: BaseException) -> None:
         """On a thread of the engine."""
@@ -171,6 +197,8 @@ class Server:
         gauge("kvstore_merged_objects", "Objects made of small ones since the start", lambda: merging.merged)
         gauge("kvstore_audit_lost", "Lines of the audit log that could not be written", lambda: self._audit.lost)
         gauge("kvstore_calls_in_flight", "Calls being answered", lambda: self.admission.in_flight)
+        for name, pool in self.admission.pools.items():
+            gauge(f"kvstore_places_{name}", f"Places of `{name}` that are taken", lambda pool=pool: pool.held)
 
     def _page(self, replica: Replica) -> str:
         """On a thread of the web server."""
@@ -182,6 +210,14 @@ class Server:
         name = f"{gethostname()}:{self.port}"
         return ReplicaEntry(name=name, version=version, device=device, state=self._state, seen_unix_seconds=now)
 
+    def _is_live(self) -> bool:
+        """Whether the event loop still turns. On a thread of the web server."""
+        try:
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop).result(LIVE_SECONDS)
+        except TimeoutError:
+            return False
+        return True
+
     @property
     def _state(self) -> str:
         return "draining" if self.admission.draining.is_set() else "serving"
@@ -192,20 +228,23 @@ class Server:
 
 
 async def serve(settings: Settings) -> int:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once. The process's exit code."""
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once. The process's exit code.
+
+    What is acknowledged is in the store by then, so nothing is lost with a process that ends at once.
+    """
     sys.setswitchinterval(SWITCH_SECONDS)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     server = Server(settings)
+    await server.start()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await server.start()
     gc.collect()
     gc.freeze()  # what has been imported is not looked through again and again while answers wait
     ends = [asyncio.ensure_future(event.wait()) for event in (stop, server.failed)]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.remove_signal_handler(number)
+        loop.add_signal_handler(number, os._exit, 128 + number)
     drained = await server.drain()
     return DEVICE_LOST_EXIT if server.failed.is_set() else 0 if drained else 1
 
@@ -229,13 +268,20 @@ def redactor(settings: Settings) -> Redactor:
 
 
 def _options(settings: Settings) -> list[tuple[str, int]]:
-    message = settings.limits.message_bytes_max + PROTOCOL_OVERHEAD_BYTES
+    limits = settings.limits
+    message = limits.message_bytes_max + PROTOCOL_OVERHEAD_BYTES
     return [
         ("grpc.max_receive_message_length", message),
         ("grpc.max_send_message_length", message),
         ("grpc.so_reuseport", 0),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_time_ms", limits.keepalive_seconds * 1000),
+        ("grpc.keepalive_timeout_ms", limits.keepalive_timeout_seconds * 1000),
+        # What really bounds the wait for a ping's answer: a minute by default, whatever the timeout above is.
+        ("grpc.http2.ping_timeout_ms", limits.keepalive_timeout_seconds * 1000),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.max_connection_age_ms", limits.connection_seconds_max * 1000),
+        ("grpc.max_connection_age_grace_ms", limits.connection_grace_seconds * 1000),
+        ("grpc.max_concurrent_streams", limits.connection_calls_max),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
         # A stream that nobody reads yet, as of a caller who will be refused, takes no more than this: two of the
         # messages that appends come in, for with less they wait for one another.

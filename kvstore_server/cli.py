@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import os
+import signal
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -82,6 +84,8 @@ def serve(
     metrics: Annotated[str | None, typer.Option(help="host:port of /metrics, or `off`")] = None,
 ) -> None:
     """Run a server until SIGTERM, then drain."""
+    for number in (signal.SIGTERM, signal.SIGINT):  # until it serves there is nothing to drain
+        signal.signal(number, lambda *_: os._exit(0))
     import uvloop  # answers more calls a second than asyncio's own loop
 
     from kvstore_server.app import redactor

@@ -32,6 +32,7 @@ from kvstore_codecs.spec import DEFAULT, CodecSpec
 from kvstore_server.access import Identity, Tls
 from kvstore_server.limits import Limits
 from kvstore_server.section import Section
+from kvstore_server.tenants import Quota, Tenant, TenantName
 
 ENV_PREFIX = "KVSTORE__"
 BUCKETS = ("s3", "gs", "az")
@@ -198,17 +199,6 @@ class Memory(Section):
     """What loaded sessions may take; the least recently used go first, and are read again from the store."""
 
 
-class Quota(Section):
-    """What each tenant may take; null is no bound. Servers count together by the index, at each sweep."""
-
-    sessions_max: Annotated[int, Field(ge=1)] | None = None
-    """Sessions that live at one time."""
-    stored_bytes_max: Annotated[int, Field(ge=1)] | None = None
-    """Bytes in the store of all of them; what forks share counts once."""
-    append_bytes_per_second_max: Annotated[int, Field(ge=1)] | None = None
-    """Bytes that one server takes in, on average."""
-
-
 class Quality(Section):
     """Answers that are computed again from vectors kept exactly, for the quality metrics."""
 
@@ -274,6 +264,8 @@ class Settings(BaseSettings):
     memory: Memory = Memory()
     limits: Limits = Limits()
     quota: Quota = Quota()
+    tenants: dict[TenantName, Tenant] = Field(default_factory=dict)
+    """Those that have a weight or a quota of their own."""
     quality: Quality = Quality()
     merge: Merge = Merge()
     downgrade: Downgrade = Downgrade()
@@ -307,6 +299,12 @@ class Settings(BaseSettings):
         if self.identity.certificates and listen.mtls_address is None:
             raise ValueError("identity.certificates: needs listen.mtls_address")
         return self
+
+    def weight_of(self, tenant: str) -> int:
+        return self.tenants[tenant].weight if tenant in self.tenants else 1
+
+    def quota_of(self, tenant: str) -> Quota:
+        return (self.tenants[tenant].quota if tenant in self.tenants else None) or self.quota
 
     @classmethod
     def settings_customise_sources(

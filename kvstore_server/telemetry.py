@@ -23,6 +23,8 @@ RECALLS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 @dataclass
 class Outcome:
     code: str = "OK"
+    reason: str = ""
+    """Of an error."""
     tenant: str | None = None
     """None while nobody knows whose call it is."""
 
@@ -40,6 +42,10 @@ class Telemetry:
         self._started = self._counter("grpc_server_started", "Calls that began, by method", "grpc_method")
         self._handled = self._counter("grpc_server_handled", "Calls by method and code", "grpc_method", "grpc_code")
         self._handling = self._histogram("grpc_server_handling_seconds", "Seconds of a call", SECONDS, "grpc_method")
+
+        self._refused = self._histogram(
+            "kvstore_refused_seconds", "To refuse a call or step that found no room, by reason", SECONDS, "reason"
+        )
 
         self._tenants = self._counter("kvstore_tenant_calls", "Calls by hashed tenant and code", "tenant", "grpc_code")
 
@@ -83,12 +89,17 @@ class Telemetry:
             self._handled.labels(method, outcome.code).inc()
             if outcome.tenant is not None:
                 self._tenants.labels(pseudonym(outcome.tenant), outcome.code).inc()
-            self._handling.labels(method).observe(perf_counter() - began)
+            seconds = perf_counter() - began
+            self._handling.labels(method).observe(seconds)
+            if outcome.code == "RESOURCE_EXHAUSTED":
+                self._refused.labels(outcome.reason).observe(seconds)
 
-    def step(self, code: str, seconds: float) -> None:
-        """One step of an Attend stream was answered."""
+    def step(self, code: str, seconds: float, reason: str = "") -> None:
+        """One step of an Attend stream was answered; `reason` is of an error."""
         (self._step_ok if code == "OK" else self._steps.labels(code)).inc()
         self._step_seconds.observe(seconds)
+        if code == "RESOURCE_EXHAUSTED":
+            self._refused.labels(reason).observe(seconds)
 
     def appended(self, spec: CodecSpec, tokens: int, raw_bytes: int, stored_bytes: int) -> None:
         codec = codec_label(spec)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from queue import Empty, Queue
@@ -49,7 +49,12 @@ class ServerProcess:
     """`kvstore serve` on a free port. Every wait is bounded; the process is stopped by its id."""
 
     def __init__(
-        self, data: Path | str, *args: str, env: dict[str, str] | None = None, forge: Forge | None = None
+        self,
+        data: Path | str,
+        *args: str,
+        env: dict[str, str] | None = None,
+        forge: Forge | None = None,
+        cli: Sequence[str] = CLI,
     ) -> None:
         """Of a forge, the process is there sooner; it is the same in everything else."""
         arguments = [
@@ -60,7 +65,7 @@ class ServerProcess:
         readable, writable = os.pipe()
         try:
             if forge is None:
-                command = [*(sys.executable, "-S", "-c", DIE_WITH_PARENT, sys.executable), *CLI, *arguments]
+                command = [*(sys.executable, "-S", "-c", DIE_WITH_PARENT, sys.executable), *cli, *arguments]
                 self._process = subprocess.Popen(command, stderr=writable, env={**os.environ, **environment})
             else:
                 self._process = forge.start(arguments, environment, writable)
@@ -84,12 +89,19 @@ class ServerProcess:
         self._process.wait(10)
         self._reader.join(10)
 
-    def terminate(self, timeout_seconds: float = 60) -> int:
-        """SIGTERM; the exit code."""
-        self._process.send_signal(signal.SIGTERM)
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def ended(self, timeout_seconds: float = 60) -> int:
+        """The exit code."""
         code = self._process.wait(timeout_seconds)
         self._reader.join(10)
         return code
+
+    def terminate(self, timeout_seconds: float = 60) -> int:
+        """SIGTERM; the exit code."""
+        self.signal(signal.SIGTERM)
+        return self.ended(timeout_seconds)
 
     @property
     def pid(self) -> int:

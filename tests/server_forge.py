@@ -87,6 +87,8 @@ def _become_a_server(arguments: list[str], environment: dict[str, str], stderr: 
     os.close(stderr)
     os.environ.update(environment)
     sys.argv = ["kvstore", *arguments]
+    if "SLOW_DEVICE_SECONDS" in environment:
+        importlib.import_module("slow_device").slow_down()
     main()
 
 

@@ -206,6 +206,9 @@ GUARDED = f"identity: {{api_keys: true}}\ntls: {{{PAIR}}}\n"
             "identity.certificates: needs listen.mtls_address",
         ),
         ("identity: {certificates: {a: {tenant: a/b, role: reader}}}", "identity.certificates.a.tenant: "),
+        ("tenants: {a/b: {weight: 2}}", "tenants.a/b"),
+        ("tenants: {a: {weight: 0}}", "tenants.a.weight: "),
+        ("limits: {connection_grace_seconds: 60}", "limits: connection_grace_seconds 60 cuts off Attend streams"),
         ("identity: {certificates: {a: {tenant: a, role: root}}}", "identity.certificates.a.role: "),
     ],
 )
@@ -226,3 +229,12 @@ def test_what_is_wrong_in_a_file_is_said_without_its_lines(file: Path) -> None:
     with pytest.raises(ConfigError, match="in line") as raised:
         load(file)
     assert "canary" not in str(raised.value)
+
+
+def test_a_tenant_may_have_a_weight_and_a_quota_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "kvstore.yaml"
+    file.write_text("quota: {sessions_max: 5}\ntenants: {a: {weight: 3}, b: {quota: {stored_bytes_max: 7}}}\n")
+    settings = load(file)
+    assert [settings.weight_of(tenant) for tenant in "abc"] == [3, 1, 1]
+    assert [settings.quota_of(tenant).sessions_max for tenant in "abc"] == [5, None, 5]
+    assert settings.quota_of("b").stored_bytes_max == 7

@@ -106,5 +106,5 @@ def test_every_limit_and_setting_is_read_somewhere() -> None:
     sections = [field.annotation for field in Settings.model_fields.values()]
     models = [Limits, *(m for m in sections if isinstance(m, type) and issubclass(m, Section))]
     names = {name for model in models for name in model.model_fields} | (set(Settings.model_fields) - {"limits"})
-    in_config = {"password", "password_file", "insecure"}  # read by the settings themselves
+    in_config = {"password", "password_file", "insecure", "quota", "tenants"}  # read by the settings themselves
     assert {name for name in names if not re.search(rf"\.{name}\b", readers)} - in_config == set()

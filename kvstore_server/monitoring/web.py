@@ -1,6 +1,7 @@
-"""HTTP for operators: /metrics for Prometheus, / for people."""
+"""HTTP for operators: /metrics for Prometheus, /live and /ready for probes, / for people."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -14,11 +15,26 @@ REQUEST_SECONDS = 10
 """A client that says nothing for so long is gone."""
 
 
+@dataclass(frozen=True)
+class Probes:
+    """What /live and /ready answer: 200 or 503."""
+
+    live: Callable[[], bool]
+    """Whether the process is worth keeping."""
+    ready: Callable[[], bool]
+    """Whether it is to be sent new calls."""
+
+
 class Web:
     """Answers GET on `address` from threads of its own until it is closed."""
 
     def __init__(
-        self, address: Address, registry: CollectorRegistry, page: Callable[[], str], policy: str = POLICY
+        self,
+        address: Address,
+        registry: CollectorRegistry,
+        page: Callable[[], str],
+        probes: Probes,
+        policy: str = POLICY,
     ) -> None:
         class Handler(BaseHTTPRequestHandler):
             timeout = REQUEST_SECONDS
@@ -30,8 +46,11 @@ class Web:
                     self._answer(200, kind, encode(registry))
                 elif path == "/":
                     self._answer(200, "text/html; charset=utf-8", page().encode())
+                elif path in ("/live", "/ready"):
+                    holds = getattr(probes, path[1:])()
+                    self._answer(200 if holds else 503, "text/plain", b"yes\n" if holds else b"no\n")
                 else:
-                    self._answer(404, "text/plain", b"/ and /metrics are here\n")
+                    self._answer(404, "text/plain", b"/, /metrics, /live and /ready are here\n")
 
             def _answer(self, code: int, kind: str, body: bytes) -> None:
                 self.send_response(code)

@@ -5,7 +5,7 @@ reads the stream, and its answer comes back as a callback.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Hashable
+from collections.abc import AsyncGenerator, AsyncIterator, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,15 +15,15 @@ from typing import TypeAlias
 from torch import Tensor
 
 from kvstore_proto.v1 import kvstore_pb2 as pb
-from kvstore_server.errors import DeadlineExceeded, InvalidArgument, NotFound, ResourceExhausted
+from kvstore_server.errors import DeadlineExceeded, InvalidArgument, KVStoreError, NotFound, ResourceExhausted
 from kvstore_server.limits import Limits
 from kvstore_server.rpc import convert
+from kvstore_server.rpc.admission import STEP_RETRY_SECONDS, Admission
 from kvstore_server.rpc.status import code_name, status_of
 from kvstore_server.sessions.model import AttendAnswer, Query
 from kvstore_server.sessions.querying import Prepared, Querying
 from kvstore_server.telemetry import Telemetry
 
-BUSY_RETRY_SECONDS = 0.01
 PREPARED_MAX = 1024
 """Kinds of items that a stream remembers: a few for each layer of each session."""
 Answers: TypeAlias = "asyncio.Future[AttendAnswer] | asyncio.Future[list[AttendAnswer]]"
@@ -43,10 +43,11 @@ class AttendStream:
     """One caller's stream. An error answers the step it belongs to and never ends the stream."""
 
     def __init__(
-        self, querying: Querying, limits: Limits, tenant: str, draining: asyncio.Event, telemetry: Telemetry
+        self, querying: Querying, limits: Limits, tenant: str, admission: Admission, telemetry: Telemetry
     ) -> None:
         self._telemetry = telemetry
-        self._querying, self._limits, self._tenant, self._draining = querying, limits, tenant, draining
+        self._querying, self._limits, self._tenant, self._admission = querying, limits, tenant, admission
+        self._turns, self._room = admission.turns(tenant), admission.pools["steps"].share(tenant)
         self._bound: dict[int, tuple[str, str]] = {}
         self._prepared: dict[Hashable, Prepared] = {}
         self._steps: dict[int, StepInFlight] = {}
@@ -54,31 +55,41 @@ class AttendStream:
         self._heard = monotonic()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._answers: asyncio.Queue[pb.AttendResponse | None] = asyncio.Queue()
+        self._answers: asyncio.Queue[tuple[pb.AttendResponse, int | None] | None] = asyncio.Queue()
+        """Each with the bytes whose place it holds until the client has taken it, if it holds one."""
+        self._taking = asyncio.Event()
 
-    async def run(self, requests: AsyncIterator[pb.AttendRequest]) -> AsyncIterator[pb.AttendResponse]:
+    async def run(self, requests: AsyncIterator[pb.AttendRequest]) -> AsyncGenerator[pb.AttendResponse]:
         """Answers until the caller is done, has been idle too long, or the server drains."""
         serving = asyncio.create_task(self._serve(requests))
         try:
             while (answer := await self._answers.get()) is not None:
-                yield answer
+                try:
+                    yield answer[0]
+                finally:
+                    self._let_go(answer[1])
+                self._taking.set()
             await serving
         finally:
             serving.cancel()
             for request_id in list(self._steps):
                 self._drop(request_id)
+            while not self._answers.empty():
+                if (answer := self._answers.get_nowait()) is not None:
+                    self._let_go(answer[1])
             with suppress(asyncio.CancelledError):
                 await asyncio.gather(serving, return_exceptions=True)
 
     async def _serve(self, requests: AsyncIterator[pb.AttendRequest]) -> None:
         reading = asyncio.create_task(self._read(requests))
-        drained = asyncio.create_task(self._draining.wait())
+        drained = asyncio.create_task(self._admission.draining.wait())
+        aged = asyncio.get_running_loop().call_later(self._limits.attend_stream_seconds_max, self._go_away)
         try:
             while not (reading.done() or drained.done() or self._idle_for() >= self._limits.attend_idle_seconds_max):
                 left = max(0.0, self._limits.attend_idle_seconds_max - self._idle_for())
                 await asyncio.wait({reading, drained}, timeout=left + 0.01, return_when=asyncio.FIRST_COMPLETED)
             if drained.done():
-                self._answers.put_nowait(pb.AttendResponse(going_away=pb.AttendGoingAway()))
+                self._go_away()
             if reading.done():
                 reading.result()
             reading.cancel()
@@ -86,7 +97,19 @@ class AttendStream:
         finally:
             reading.cancel()
             drained.cancel()
+            aged.cancel()
             self._answers.put_nowait(None)
+
+    def _go_away(self) -> None:
+        """Asks for the next steps on another stream. While the server goes on these are still answered."""
+        self._put(pb.AttendResponse(going_away=pb.AttendGoingAway()))
+
+    def _put(self, response: pb.AttendResponse, size: int | None = None) -> None:
+        self._answers.put_nowait((response, size))
+
+    def _let_go(self, size: int | None) -> None:
+        if size is not None:
+            self._room.give(size)
 
     def _idle_for(self) -> float:
         """Seconds without a message or a step in flight."""
@@ -94,12 +117,15 @@ class AttendStream:
 
     async def _read(self, requests: AsyncIterator[pb.AttendRequest]) -> None:
         async for request in requests:
+            while self._answers.qsize() >= self._limits.attend_inflight_steps_max:
+                self._taking.clear()  # a client that only sends must not pile up answers here
+                await self._taking.wait()
             self._heard = monotonic()
             body = request.WhichOneof("body")
             if body == "step":
                 self._start(request.step)
             elif body == "bind":
-                self._answers.put_nowait(await self._bind(request.bind))
+                self._put(await self._bind(request.bind))
             elif body == "cancel":
                 self._drop(request.cancel.request_id)
             else:
@@ -120,15 +146,15 @@ class AttendStream:
             return pb.AttendResponse(handle=bind.handle, error=status_of(error))
 
     def _start(self, step: pb.AttendStep) -> None:
-        begun = monotonic()
+        begun, size = monotonic(), None
         try:
-            self._admit(step)
-            answers = self._answers_of(step, begun + step.timeout_ms / 1000)
+            deadline = begun + step.timeout_ms / 1000
+            size = self._admit(step, deadline)
+            answers = self._answers_of(step, deadline)
         except Exception as error:
-            self._answers.put_nowait(self._refusal(step, error, begun))
+            self._put(self._refusal(step, error, begun), size)
             return
         timer = asyncio.get_running_loop().call_later(step.timeout_ms / 1000, self._late, step)
-        size = len(step.q.data)
         self._steps[step.request_id] = StepInFlight(answers, timer, size, begun)
         self._bytes += size
         self._idle.clear()
@@ -186,7 +212,8 @@ class AttendStream:
             raise NotFound("HANDLE_NOT_BOUND", f"handle {item.handle} is not bound", handle=item.handle)
         return self._bound[item.handle]
 
-    def _admit(self, step: pb.AttendStep) -> None:
+    def _admit(self, step: pb.AttendStep, deadline: float) -> int:
+        """The bytes with which the step now has a place."""
         limits = self._limits
         if len(step.items) > limits.attend_items_max:
             limit = limits.attend_items_max
@@ -200,35 +227,44 @@ class AttendStream:
                 limit=limits.deadline_seconds_max * 1000,
             )
         for what, now, limit in (
-            ("steps", len(self._steps), limits.attend_inflight_steps_max),
-            ("bytes", self._bytes, limits.attend_inflight_bytes_max),
+            ("attend_inflight_steps_max", len(self._steps), limits.attend_inflight_steps_max),
+            ("attend_inflight_bytes_max", self._bytes, limits.attend_inflight_bytes_max),
         ):
             if now >= limit:
-                raise ResourceExhausted("BUSY", f"{limit} {what} are in flight", BUSY_RETRY_SECONDS, limit=limit)
+                text = f"{what} {limit} are in flight on this stream"
+                raise ResourceExhausted("BUSY", text, STEP_RETRY_SECONDS, bound=what, limit=limit)
+        self._turns.check(deadline)
+        size = len(step.q.data)
+        self._room.take(size)
+        return size
 
     def _answered(self, step: pb.AttendStep, answers: Answers) -> None:
         error = None if answers.cancelled() else answers.exception()
         flying = self._taken(step.request_id)
-        if flying is None or answers.cancelled():
+        if flying is None:
+            return
+        if answers.cancelled():
+            self._let_go(flying.bytes)
             return
         if isinstance(error, Exception):
-            self._answers.put_nowait(self._refusal(step, error, flying.begun))
+            self._put(self._refusal(step, error, flying.begun), flying.bytes)
             return
         if error is not None:
             raise error
         response, found = pb.AttendResponse(request_id=step.request_id), answers.result()
         convert.fill_attended(response.result, found if isinstance(found, list) else [found], step.lse_base)
         self._telemetry.step("OK", monotonic() - flying.begun)
-        self._answers.put_nowait(response)
+        self._put(response, flying.bytes)
 
     def _late(self, step: pb.AttendStep) -> None:
         if self._drop(step.request_id):
             late = DeadlineExceeded("DEADLINE", f"the step took longer than {step.timeout_ms} ms")
-            self._answers.put_nowait(self._refusal(step, late, monotonic() - step.timeout_ms / 1000))
+            self._put(self._refusal(step, late, monotonic() - step.timeout_ms / 1000))
 
     def _refusal(self, step: pb.AttendStep, error: Exception, begun: float) -> pb.AttendResponse:
         status = status_of(error)
-        self._telemetry.step(code_name(status.code), monotonic() - begun)
+        reason = error.reason if isinstance(error, KVStoreError) else ""
+        self._telemetry.step(code_name(status.code), monotonic() - begun, reason)
         return pb.AttendResponse(request_id=step.request_id, error=status)
 
     def _drop(self, request_id: int) -> bool:
@@ -236,6 +272,7 @@ class AttendStream:
         flying = self._taken(request_id)
         if flying is not None:
             flying.answers.cancel()
+            self._let_go(flying.bytes)
         return flying is not None
 
     def _taken(self, request_id: int) -> StepInFlight | None:

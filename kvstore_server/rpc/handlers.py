@@ -7,9 +7,8 @@ here could refuse the caller.
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from time import monotonic
 from typing import Any
 
@@ -19,72 +18,38 @@ from google.protobuf.message_factory import GetMessageClass
 
 from kvstore_proto.v1 import kvstore_pb2
 from kvstore_server.audit import AuditLog
-from kvstore_server.errors import DeadlineExceeded, InvalidArgument, KVStoreError, ResourceExhausted, Unavailable
+from kvstore_server.errors import DeadlineExceeded, InvalidArgument, KVStoreError
 from kvstore_server.limits import Limits
 from kvstore_server.log import TENANT
 from kvstore_server.monitoring.traces import traced
+from kvstore_server.rpc.admission import POOL_OF, Admission, Place
 from kvstore_server.rpc.append_messages import parse_append
 from kvstore_server.rpc.authentication import NEEDED, Authenticator, Call, check_role, presented
 from kvstore_server.rpc.status import abort
 from kvstore_server.telemetry import Outcome, Telemetry
 
 LOG = logging.getLogger(__name__)
-BUSY_RETRY_SECONDS = 0.05
 AUDITED = {"CreateSession", "UpdateSession", "DeleteSession", "ForkSession", "PutProjection"}
 """Besides every call that is refused for who makes it."""
 TARGET_CHARACTERS_MAX = 128
+HANG_UP_SECONDS = 0.5
 SERVICE = kvstore_pb2.DESCRIPTOR.services_by_name["KVStoreService"]
 PARSERS: dict[str, Callable[[bytes], Any]] = {"Append": parse_append}
 """Of messages that protobuf would parse too slowly."""
 
 
+class SlowReader(DeadlineExceeded):
+    """The client has not taken a message in time."""
+
+    def __init__(self, seconds: float, nothing: Message) -> None:
+        text = f"a message waited {seconds} s for the client to read"
+        super().__init__("SLOW_READER", text, bound="write_seconds_max", limit=seconds)
+        self.nothing = nothing
+        """An empty message of the method."""
+
+
 class Malformed:
     """Stands for bytes that are not the expected message."""
-
-
-class Admission:
-    """Who may come in: nobody while draining, and only so many at a time where `limits` says so."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.draining = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._in_flight: Counter[str] = Counter()
-        queries = ("queries_inflight_max", limits.queries_inflight_max)
-        projections = ("projections_inflight_max", limits.projections_inflight_max)
-        self._bounds = {
-            "Score": queries,
-            "TopK": queries,
-            "Fetch": queries,
-            "PutProjection": projections,
-            "GetProjection": projections,
-            "Attend": ("attend_streams_max", limits.attend_streams_max),
-        }
-
-    @property
-    def in_flight(self) -> int:
-        return self._in_flight.total()
-
-    @contextmanager
-    def call(self, method: str) -> Iterator[None]:
-        """Holds a place for one call; Unavailable while draining, ResourceExhausted when there is none."""
-        if self.draining.is_set():
-            raise Unavailable("DRAINING", "the server is draining")
-        name, limit = self._bounds.get(method, ("", 0))
-        if name and self._in_flight[name] >= limit:
-            raise ResourceExhausted("BUSY", f"{limit} such calls are in flight", BUSY_RETRY_SECONDS, limit=limit)
-        self._in_flight[name] += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._in_flight[name] -= 1
-            if not self.in_flight:
-                self._idle.set()
-
-    async def idle(self) -> None:
-        """Returns when no call is in flight."""
-        await self._idle.wait()
 
 
 class Handlers:
@@ -118,7 +83,9 @@ class Handlers:
                 return Malformed()
 
         async def request_of(requests: AsyncIterator[Any], call: "CallInProgress") -> Any:
-            return call.checked(requests) if method.client_streaming else await call.only(requests)
+            if method.client_streaming:
+                return call.checked(requests, None if method.name == "Attend" else self._limits.read_seconds_max)
+            return await call.only(requests, counted=POOL_OF.get(method.name) == "queries")
 
         async def single(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
             async with self._guarded(method.name, context) as call:
@@ -128,7 +95,8 @@ class Handlers:
 
         async def stream(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
             async with self._guarded(method.name, context) as call:
-                await self._write(context, call, run(await request_of(requests, call), call.facts))
+                responses = run(await request_of(requests, call), call.facts)
+                await self._write(context, call, responses, GetMessageClass(method.output_type))
 
         make = (
             grpc.stream_stream_rpc_method_handler if method.server_streaming else grpc.stream_unary_rpc_method_handler
@@ -148,12 +116,15 @@ class Handlers:
                 caller = self._authenticator.caller_of(context)
                 outcome.tenant = caller.tenant
                 TENANT.set(caller.tenant)
-                call = CallInProgress(self._authenticator, Call(caller, monotonic() + seconds))
+                call = CallInProgress(self._authenticator, Call(caller, monotonic() + seconds), self._limits)
                 check_role(caller, method)
-                with self._admission.call(method):
-                    # An Attend stream lives on; its steps have deadlines of their own.
-                    async with asyncio.timeout(None if method == "Attend" else seconds):
-                        yield call
+                with self._admission.call(method, caller.tenant, call.facts.deadline) as call.place:
+                    try:
+                        # An Attend stream lives on; its steps have deadlines of their own.
+                        async with asyncio.timeout(None if method == "Attend" else seconds):
+                            yield call
+                    except SlowReader as error:
+                        await _hang_up(context, error)
             except (asyncio.CancelledError, grpc.aio.AbortError):
                 outcome.code = "CANCELLED"
                 raise
@@ -162,6 +133,7 @@ class Handlers:
                 await abort(context, DeadlineExceeded("DEADLINE", "the call took longer than its deadline"))
             except Exception as error:
                 outcome.code = error.code if isinstance(error, KVStoreError) else "INTERNAL"
+                outcome.reason = error.reason if isinstance(error, KVStoreError) else ""
                 LOG.debug("%s answers %s: %s", method, outcome.code, error)
                 await abort(context, error)
             finally:
@@ -177,13 +149,17 @@ class Handlers:
         self._audit.record(who=who, tenant=outcome.tenant, what=method, target=target, result=outcome.code, peer=peer)
 
     async def _write(
-        self, context: grpc.aio.ServicerContext, call: "CallInProgress", responses: AsyncIterator[Message]
+        self,
+        context: grpc.aio.ServicerContext,
+        call: "CallInProgress",
+        responses: AsyncGenerator[Message],
+        nothing: Callable[[], Message],
     ) -> None:
         """A client that does not read must not hold its place for ever."""
         seconds, now = self._limits.write_seconds_max, asyncio.get_running_loop().time
         limit = asyncio.timeout(None)
         try:
-            async with limit:
+            async with limit, aclosing(responses):
                 async for response in responses:
                     call.check()
                     limit.reschedule(now() + seconds)
@@ -192,38 +168,75 @@ class Handlers:
         except TimeoutError:
             if not limit.expired():
                 raise
-            text = f"a message waited {seconds} s for the client to read"
-            raise DeadlineExceeded("SLOW_READER", text, limit=seconds) from None
+            raise SlowReader(seconds, nothing()) from None
 
 
 class CallInProgress:
     """A call of a known caller, who must stay known: each message of a stream is let through only then."""
 
-    def __init__(self, authenticator: Authenticator, facts: Call) -> None:
-        self._authenticator, self.facts = authenticator, facts
+    place: Place
+
+    def __init__(self, authenticator: Authenticator, facts: Call, limits: Limits) -> None:
+        self._authenticator, self.facts, self._limits = authenticator, facts, limits
         self.target = ""
         """What the call is about, for the audit log."""
 
     def check(self) -> None:
         self._authenticator.check(self.facts.caller)
 
-    async def only(self, requests: AsyncIterator[Any]) -> Any:
-        """The one message of a method that takes no stream."""
-        async for request in requests:
-            self.target = _target(_well_formed(request))
-            return request
-        raise InvalidArgument("message", "there is none")
+    async def only(self, requests: AsyncIterator[Any], *, counted: bool) -> Any:
+        """The one message of a method that takes no stream; its bytes are held for as long as the call if `counted`."""
+        request = await self._next(aiter(requests), self._limits.read_seconds_max)
+        if request is None:
+            raise InvalidArgument("message", "there is none")
+        self.target = _target(_well_formed(request))
+        if counted:
+            self.place.grow(request.ByteSize())
+        return request
 
-    async def checked(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        async for request in requests:
+    async def checked(self, requests: AsyncIterator[Any], seconds: float | None) -> AsyncIterator[Any]:
+        """Each message, which may take so long to come."""
+        incoming = aiter(requests)
+        while (request := await self._next(incoming, seconds)) is not None:
             self.check()
             yield _well_formed(request)
+
+    @staticmethod
+    async def _next(incoming: AsyncIterator[Any], seconds: float | None) -> Any:
+        """None at the end."""
+        if seconds is None:
+            return await anext(incoming, None)
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                return await anext(incoming, None)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            text = f"the next message did not come within {seconds:g} s"
+            raise DeadlineExceeded("SLOW_WRITER", text, bound="read_seconds_max", limit=seconds) from None
 
 
 def deadline_seconds(context: grpc.aio.ServicerContext, limits: Limits) -> float:
     """What is left for a call: the caller's deadline, the default where there is none, never beyond the longest."""
     remaining = context.time_remaining()
     return min(limits.deadline_default_seconds if remaining is None else remaining, limits.deadline_seconds_max)
+
+
+async def _hang_up(context: grpc.aio.ServicerContext, error: SlowReader) -> None:
+    """Ends the call once the client has taken the message that is under way, or is gone: gRPC cannot take it back.
+
+    So whoever does not read fills up the places of its own tenant, and not the memory.
+    """
+    while True:
+        try:
+            await context.write(error.nothing)  # refused at once while there is another
+        except grpc.aio.AbortError:
+            raise
+        except Exception:
+            await asyncio.sleep(HANG_UP_SECONDS)
+        else:
+            await abort(context, error)
 
 
 def _target(request: Any) -> str:

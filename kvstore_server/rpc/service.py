@@ -2,16 +2,17 @@
 
 import json
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 from kvstore_codecs.spec import Affine, Matryoshka, Projected, Qjl, Raw, Rotated
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_server.errors import InvalidArgument
 from kvstore_server.rpc import convert
+from kvstore_server.rpc.admission import Admission
 from kvstore_server.rpc.append_messages import CutFrame
 from kvstore_server.rpc.attend_stream import AttendStream
 from kvstore_server.rpc.authentication import Call
 from kvstore_server.rpc.fetch_stream import fetch_responses
-from kvstore_server.rpc.handlers import Admission
 from kvstore_server.sessions.model import Query
 from kvstore_server.sessions.service import SessionService
 from kvstore_server.storage.segment_header import VERSION
@@ -150,10 +151,11 @@ class KVStoreServicer:
 
     async def Attend(self, requests: AsyncIterator[pb.AttendRequest], call: Call) -> AsyncIterator[pb.AttendResponse]:
         stream = AttendStream(
-            self._sessions.querying, self._limits, call.tenant, self._admission.draining, self._sessions.telemetry
+            self._sessions.querying, self._limits, call.tenant, self._admission, self._sessions.telemetry
         )
-        async for response in stream.run(requests):
-            yield response
+        async with aclosing(stream.run(requests)) as responses:
+            async for response in responses:
+                yield response
 
     async def Fetch(self, request: pb.FetchRequest, call: Call) -> AsyncIterator[pb.FetchResponse]:
         async for response in fetch_responses(

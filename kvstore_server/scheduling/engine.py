@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from kvstore_server.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from kvstore_server.scheduling.completion import AHEAD_MAX, Completions, Later, Outcome, settle, settle_all
+from kvstore_server.scheduling.fair_lane import FairLane
 
 T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741
@@ -25,8 +26,9 @@ LOOK_SECONDS = 0.002
 LOOK_AGAIN_SECONDS = 0.0002
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Work:
+    tenant: str
     item: Any
     run: Callable[[list[Any]], Sequence[Any] | Later[Sequence[Any]]]
     """Results of several items, in their order."""
@@ -44,8 +46,9 @@ class Engine:
     """Runs work on one thread, so that ops never compete for the device and page writes have an order.
 
     The two lanes alternate when both wait: a long append delays a query by at most one piece of encoding, and a flood
-    of queries cannot starve appends. At most `waiting_max` pieces wait in a lane; more are refused. Queries of one key
-    that wait at the same time are run together; nothing ever waits for others to come.
+    of queries cannot starve appends. Within a lane tenants take turns by their weights (fair_lane.py). At most
+    `waiting_max` pieces wait in a lane; more are refused. Queries of one key, which are of one tenant, that wait at the
+    same time are run together; nothing ever waits for others to come.
 
     Where the device only has to be told to repeat what it has done before, an event loop does that itself while the
     device thread launches nothing, and looks for the result between its other work: waking a thread and being woken by
@@ -63,10 +66,11 @@ class Engine:
         on_fatal: Callable[[BaseException], None] = lambda _: None,
         ran: Callable[[Lane, list[float], float], None] = lambda *_: None,
         ordered: Callable[[], AbstractContextManager[object]] = nullcontext,
+        weight_of: Callable[[str], int] = lambda _: 1,
     ) -> None:
         self._waiting_max = waiting_max
         self._is_fatal, self._on_fatal, self._ran = is_fatal, on_fatal, ran
-        self._lanes: dict[Lane, deque[Work]] = {"query": deque(), "encode": deque()}
+        self._lanes: dict[Lane, FairLane[Work]] = {"query": FairLane(weight_of), "encode": FairLane(weight_of)}
         self._wake = threading.Condition()
         self._launching = threading.Lock()
         """Held by whoever gives the device work."""
@@ -79,7 +83,7 @@ class Engine:
         self._thread = threading.Thread(target=self._serve, args=(ordered,), name="kvstore-device", daemon=True)
         self._thread.start()
 
-    async def run(self, work: Callable[[], T | Later[T]], deadline: float, lane: Lane = "query") -> T:
+    async def run(self, work: Callable[[], T | Later[T]], deadline: float, lane: Lane = "query", tenant: str = "") -> T:
         """The result of `work()` run on the device thread; DeadlineExceeded if its turn comes after `deadline`.
 
         Raises ResourceExhausted when the lane is full and Unavailable when the engine is closed. Cancelling the caller
@@ -90,7 +94,7 @@ class Engine:
             result = work()
             return Later(lambda: [result.wait()]) if isinstance(result, Later) else [result]
 
-        return await self._add(lane, None, alone, None, deadline)
+        return await self._add(lane, tenant, None, alone, None, deadline)
 
     def run_together(
         self,
@@ -99,6 +103,7 @@ class Engine:
         work: Callable[[list[I]], Sequence[T] | Later[Sequence[T]]],
         deadline: float,
         at_once: Callable[[list[I]], Later[Sequence[T]] | None] | None = None,
+        tenant: str = "",
     ) -> "asyncio.Future[T]":
         """`item`'s part of `work(items)`, whose items are those of this key that wait when the device is free.
 
@@ -106,11 +111,22 @@ class Engine:
         is called on the caller's event loop and answers None where `work` has to be called after all. Otherwise as
         `run`, except that a full lane is refused at once and no task is needed to wait.
         """
-        return self._add("query", item, work, key, deadline, at_once)
+        return self._add("query", tenant, item, work, key, deadline, at_once)
 
     @property
     def waiting(self) -> int:
         return sum(len(lane) for lane in self._lanes.values())
+
+    def wait_seconds(self, tenant: str, before: int, enough: float) -> float:
+        """How long a query would probably wait for its turn, with so many of its tenant's before it.
+
+        More than that is said if it is not more than `enough`: it costs nothing to know.
+        """
+        lane = self._lanes["query"]
+        if (most := lane.wait_seconds_max(tenant, before)) <= enough:
+            return most
+        with self._wake:
+            return lane.wait_seconds(tenant, before)
 
     def close(self, timeout_seconds: float) -> None:
         """Finishes what waits, then ends the thread; work left after the timeout answers Unavailable."""
@@ -124,6 +140,7 @@ class Engine:
     def _add(
         self,
         lane: Lane,
+        tenant: str,
         item: Any,
         run: Callable[[list[Any]], Any],
         key: Hashable,
@@ -131,7 +148,7 @@ class Engine:
         at_once: Callable[[list[Any]], Any] | None = None,
     ) -> "asyncio.Future[Any]":
         done = asyncio.get_running_loop().create_future()
-        work = Work(item, run, key, deadline, done, monotonic(), at_once)
+        work = Work(tenant, item, run, key, deadline, done, monotonic(), at_once)
         if at_once is not None and not self._lanes[lane] and self._open and self._begin([work]):
             return done
         with self._wake:
@@ -144,7 +161,7 @@ class Engine:
                     RETRY_AFTER_SECONDS,
                     limit=self._waiting_max,
                 )
-            self._lanes[lane].append(work)
+            self._lanes[lane].add(work)
             if at_once is None or not self._at_once:
                 self._wake.notify()
         return done
@@ -164,20 +181,8 @@ class Engine:
                     return
                 other: Lane = "query" if last == "encode" else "encode"
                 last = other if self._lanes[other] else last
-                taken = self._take(self._lanes[last])
+                taken = self._lanes[last].take(TOGETHER_MAX)
             self._run(last, taken)
-
-    @staticmethod
-    def _take(lane: deque[Work]) -> list[Work]:
-        """The work whose turn it is, with what may be run together with it."""
-        taken = [lane.popleft()]
-        if (key := taken[0].key) is not None:
-            taken += [work for work in lane if work.key == key][: TOGETHER_MAX - 1]
-            chosen = set(map(id, taken))
-            kept = [work for work in lane if id(work) not in chosen]
-            lane.clear()
-            lane.extend(kept)
-        return taken
 
     @staticmethod
     def _due(taken: list[Work], now: float) -> list[Work]:
@@ -202,10 +207,10 @@ class Engine:
             self._failed(waiting, error)
             return
         if not isinstance(results, Later):
-            self._ran(lane, queued, monotonic() - now)
+            self._note(lane, due[0].tenant, queued, monotonic() - now)
             settle_all(waiting, results)
             return
-        results = self._timed(lane, queued, now, results)
+        results = self._timed(lane, due[0].tenant, queued, now, results)
         if self.waiting or self._completions.busy:
             self._completions.add(waiting, results)
         else:  # nothing else to launch: another thread would only cost a switch
@@ -234,7 +239,7 @@ class Engine:
         finally:
             self._launching.release()
         self._at_once[key] += 1
-        timed = self._timed("query", [now - work.queued_at for work in due], now, results)
+        timed = self._timed("query", due[0].tenant, [now - work.queued_at for work in due], now, results)
         asyncio.get_running_loop().call_soon(self._look, waiting, timed, key, now)
         return True
 
@@ -263,26 +268,31 @@ class Engine:
         """Launches what has come meanwhile, or has the device thread do it."""
         with self._wake:
             lane = self._lanes["query"]
-            if not lane or lane[0].at_once is None:
+            if not lane or lane.first().at_once is None:
                 self._wake.notify()
                 return
-            taken = self._take(lane)
+            taken = lane.take(TOGETHER_MAX)
         due = self._due(taken, monotonic())
         if due and not self._begin(due):
             with self._wake:
-                lane.extendleft(reversed(due))
+                lane.put_back(due)
                 if not self._at_once:
                     self._wake.notify()
 
     def _timed(
-        self, lane: Lane, queued: list[float], begun: float, results: Later[Sequence[Any]]
+        self, lane: Lane, tenant: str, queued: list[float], begun: float, results: Later[Sequence[Any]]
     ) -> Later[Sequence[Any]]:
         def wait() -> Sequence[Any]:
             found = results.wait()
-            self._ran(lane, queued, monotonic() - begun)
+            self._note(lane, tenant, queued, monotonic() - begun)
             return found
 
         return Later(wait, results.ready)
+
+    def _note(self, lane: Lane, tenant: str, queued: list[float], seconds: float) -> None:
+        with self._wake:
+            self._lanes[lane].charge(tenant, len(queued), seconds)
+        self._ran(lane, queued, seconds)
 
     def _finish(self, waiting: "list[asyncio.Future[Any]]", results: Later[Sequence[Any]]) -> None:
         """Waits for the device and answers."""
@@ -305,7 +315,5 @@ class Engine:
 
     def _refuse_waiting(self, error: Unavailable) -> None:
         with self._wake:
-            refused = [Outcome(work.done, error=error) for lane in self._lanes.values() for work in lane]
-            for lane in self._lanes.values():
-                lane.clear()
+            refused = [Outcome(work.done, error=error) for lane in self._lanes.values() for work in lane.clear()]
         settle(refused)

@@ -1,8 +1,8 @@
 """One append from its header to its commit."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from time import monotonic
 from typing import TypeVar
@@ -18,12 +18,12 @@ from kvstore_server.errors import (
     FailedPrecondition,
     InvalidArgument,
     OutOfRange,
-    ResourceExhausted,
 )
 from kvstore_server.limits import Limits
 from kvstore_server.memory.growing import pageable
 from kvstore_server.memory.resident import ResidentSession
 from kvstore_server.scheduling.engine import Engine
+from kvstore_server.scheduling.pool import Pool
 from kvstore_server.sessions.assembly import AppendAssembly, AppendHeader, Frame
 from kvstore_server.sessions.encoding import accept_sketch, encode_layer, fit_is_due, make_layer_fit
 from kvstore_server.sessions.indexing import Indexing
@@ -37,7 +37,6 @@ from kvstore_server.storage.digest import append_digest
 from kvstore_server.storage.keys import check_name
 from kvstore_server.telemetry import Telemetry
 
-BUSY_RETRY_SECONDS = 0.2
 HASH_BYTES = 32
 T = TypeVar("T")
 ENCODE_BYTES = 8 << 20
@@ -60,20 +59,34 @@ class Appending:
         limits: Limits,
         telemetry: Telemetry,
         quality: Quality,
+        room: Pool,
     ) -> None:
         self.registry, self.indexing, self.engine, self.backend = registry, indexing, engine, backend
         self.quotas = quotas
         self.limits = limits
         self.telemetry, self.quality = telemetry, quality
         self.commits: set[asyncio.Task[AppendResult]] = set()
-        self._count = 0
-        self._bytes = 0
+        self._room = room
 
     @asynccontextmanager
     async def begin(self, tenant: str, header: AppendHeader, deadline: float) -> AsyncIterator["OpenAppend"]:
-        """Checks the header against the session and reserves its bytes before the first frame is read."""
+        """Reserves the append's bytes and checks its header against the session, before the first frame is read."""
         check_name("header.session", header.session)
         self._check_header(header)
+        share, opened = self._room.share(tenant), None
+        share.take(header.data_bytes)
+        try:
+            live = await self._checked(tenant, header)
+            with live.arrivals.until(header.start + header.tokens):
+                opened = OpenAppend(self, live, header, deadline)
+                yield opened
+        finally:
+            if opened is None or opened.task is None or opened.task.done():
+                share.give(header.data_bytes)
+            else:  # its caller has left
+                opened.task.add_done_callback(lambda _: share.give(header.data_bytes))
+
+    async def _checked(self, tenant: str, header: AppendHeader) -> LiveSession:
         live = await self.registry.open(tenant, header.session, header.generation)
         if header.start > live.length and not live.arrivals.reach(header.start):
             await self.registry.discover(live)
@@ -82,8 +95,7 @@ class Appending:
             raise OutOfRange("BEYOND_LENGTH", text, length=live.length)
         self._check_encoding(live, header)
         await self._check_quota(live, header)
-        with self._reserved(header.data_bytes), live.arrivals.until(header.start + header.tokens):
-            yield OpenAppend(self, live, header, deadline)
+        return live
 
     async def _check_quota(self, live: LiveSession, header: AppendHeader) -> None:
         """What is there already may be sent again: the answer may have been lost."""
@@ -94,19 +106,6 @@ class Appending:
             if header.start >= live.length:
                 raise refusal
         self.quotas.received(tenant, header.data_bytes)
-
-    @contextmanager
-    def _reserved(self, size: int) -> Iterator[None]:
-        limits = self.limits
-        if self._count >= limits.appends_inflight_max or self._bytes + size > limits.appends_inflight_bytes_max:
-            raise ResourceExhausted("BUSY", "too many appends are in flight", BUSY_RETRY_SECONDS)
-        self._count += 1
-        self._bytes += size
-        try:
-            yield
-        finally:
-            self._count -= 1
-            self._bytes -= size
 
     def _check_header(self, header: AppendHeader) -> None:
         limits = self.limits
@@ -149,6 +148,8 @@ class OpenAppend:
         self._assembly = AppendAssembly(header, live.state.shape, live.plan, exact, allocate)
         self._copying: asyncio.Future[None] | None = None
         self._kept: Pair | None = None
+        self.task: asyncio.Task[AppendResult] | None = None
+        """The commit, once it has begun."""
 
     async def add(self, frame: Frame) -> None:
         """While one large frame is copied the next may arrive."""
@@ -170,7 +171,7 @@ class OpenAppend:
         """
         await self._copied()
         self._assembly.check_complete()
-        task = asyncio.create_task(self._run())
+        self.task = task = asyncio.create_task(self._run())
         self._appending.commits.add(task)
         task.add_done_callback(self._appending.commits.discard)
         return await asyncio.shield(task)
@@ -223,7 +224,7 @@ class OpenAppend:
         return keys, values
 
     async def _on_device(self, work: Callable[[], T]) -> T:
-        return await self._appending.engine.run(work, self._deadline, "encode")
+        return await self._appending.engine.run(work, self._deadline, "encode", self._live.state.tenant)
 
     async def _commit(
         self, log: CommitLog, digest: str, rows: list[LayerRows], fit: Fit | None, exact: int

@@ -104,7 +104,7 @@ class Querying:
                 def work(layer: int = layer) -> None:
                     memory.prefetch(resident, layer, end)
 
-                await self._engine.run(work, deadline, "encode")
+                await self._engine.run(work, deadline, "encode", tenant)
         return Prefetched(live.generation, live.length, resident.nbytes)
 
     async def attend(self, tenant: str, query: Query, debias: float | None, deadline: float) -> AttendAnswer:
@@ -155,7 +155,7 @@ class Querying:
             return attention.attend_again(self._device, prefix, share, items)
 
         again = None if self._device.memory is None else at_once
-        answer = self._engine.run_together(prepared.key, item, work, deadline, again)
+        answer = self._engine.run_together(prepared.key, item, work, deadline, again, live.state.tenant)
         if self._quality.keeps(live, query):
             answer.add_done_callback(partial(self._answered, live, query, q))
         return answer
@@ -172,14 +172,14 @@ class Querying:
         row_bytes = 4 * query.q.shape[0] * query.q.shape[1]
         step = max(1, min(SCORE_TOKENS, self._limits.frame_bytes_max // row_bytes))
         q, heads = self._full(prefix, query), self._asked_heads(query)
-        fidelity = await self._engine.run(lambda: attention.fidelity(prefix, q, heads), deadline)
+        fidelity = await self._engine.run(lambda: attention.fidelity(prefix, q, heads), deadline, tenant=tenant)
         for first in range(start, query.end, step) or (start,):
             part = replace(prefix, end=min(first + step, query.end))
 
             def work(first: int = first, part: attention.Prefix = part) -> Later[Sequence[torch.Tensor]]:
                 return Later(attention.score(self._device, part, first, q))
 
-            (scores,) = await self._engine.run(work, deadline)
+            (scores,) = await self._engine.run(work, deadline, tenant=tenant)
             yield ScoreAnswer(scores[:, heads], first, live.generation, live.length, fidelity)
 
     async def top_k(self, tenant: str, query: Query, k: int, oversampling: float | None, deadline: float) -> TopKAnswer:
@@ -194,7 +194,7 @@ class Querying:
             fidelity = attention.fidelity(answered, q, heads)
             return Later(lambda: (best(), fidelity))
 
-        (positions, scores), fidelity = await self._engine.run(work, deadline)
+        (positions, scores), fidelity = await self._engine.run(work, deadline, tenant=tenant)
         answer = TopKAnswer(positions[:, heads], scores[:, heads], live.generation, live.length, fidelity)
         self._quality.top_k(live, query, answer)
         return answer
@@ -216,11 +216,11 @@ class Querying:
             raise InvalidArgument("token_end", f"{size} bytes are more than {limit} in one Fetch", limit=limit)
         fit = None if query.decoded else live.fit
         precision = attention.effective(resident, layers[0], replace(query.precision, required=False), live.state.floor)
-        parts = self._parts(resident, fit, replace(query, layers=layers, precision=precision), deadline)
+        parts = self._parts(tenant, resident, fit, replace(query, layers=layers, precision=precision), deadline)
         return FetchAnswer(live.info(), live.fit, parts)
 
     async def _parts(
-        self, resident: ResidentSession, fit: Fit | None, query: FetchQuery, deadline: float
+        self, tenant: str, resident: ResidentSession, fit: Fit | None, query: FetchQuery, deadline: float
     ) -> AsyncIterator[FetchPart]:
         cut = self._decoded if query.decoded else _stored
         if fit is not None and resident.plan is not None:
@@ -232,7 +232,7 @@ class Querying:
                 def work(layer: int = layer, kind: Kind = kind) -> list[FetchPart]:
                     return cut(resident, query, layer, kind)
 
-                for part in await self._engine.run(work, deadline, "encode"):
+                for part in await self._engine.run(work, deadline, "encode", tenant):
                     yield part
 
     def _decoded(self, resident: ResidentSession, query: FetchQuery, layer: int, kind: Kind) -> list[FetchPart]:
@@ -265,11 +265,12 @@ class Querying:
                 f"heads [{query.head_offset}, {query.head_offset + heads}) are outside [0, {shape.query_heads})",
                 limit=shape.query_heads,
             )
-        if (cost := tokens * heads * query.end) > self._limits.query_logits_max:
-            limit = self._limits.query_logits_max
-            raise InvalidArgument("q.shape", f"{cost} logits in one query are more than {limit}", limit=limit)
+        if tokens * heads * query.end > (limit := self._limits.query_logits_max):
+            text = f"{tokens} rows x {heads} heads x {query.end} tokens are more than query_logits_max {limit}"
+            raise InvalidArgument("q.shape", text, bound="query_logits_max", limit=limit)
         if query.refine > (limit := self._limits.topk_max):
             raise InvalidArgument("refine", f"{query.refine} is more than {limit}", limit=limit)
+        self._check_results("refine", tokens * heads, query.refine)
         floor = live.state.floor
         precision = attention.effective(resident, query.layer, query.precision, floor)
         return attention.Prefix(resident, query.layer, query.end, precision, floor, query.refine)
@@ -290,11 +291,13 @@ class Querying:
             raise InvalidArgument("oversampling", f"{factor} is outside [1, {limit}]", limit=limit)
         if k * factor > limit:
             raise InvalidArgument("oversampling", f"k x oversampling is more than {limit}", limit=limit)
-        results = k * query.q.shape[0] * query.q.shape[1]
-        if results > self._limits.topk_results_max:
-            limit = self._limits.topk_results_max
-            raise InvalidArgument("k", f"{results} results are more than {limit}", limit=limit)
+        self._check_results("k", query.q.shape[0] * query.q.shape[1], int(k * factor))
         return 0 if oversampling is None else int(k * factor)
+
+    def _check_results(self, field: str, logit_rows: int, k: int) -> None:
+        if logit_rows * k > (limit := self._limits.topk_results_max):
+            text = f"{k} candidates x {logit_rows} rows and heads are more than topk_results_max {limit}"
+            raise InvalidArgument(field, text, bound="topk_results_max", limit=limit)
 
     @staticmethod
     def _check_layer(resident: ResidentSession, layer: int) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from time import monotonic
 
-from kvstore_server.config import Quota
 from kvstore_server.errors import ResourceExhausted
 from kvstore_server.metadata.index import SessionEntry
+from kvstore_server.tenants import Quota
 
 RETRY_SECONDS = 5.0
 
@@ -29,8 +29,8 @@ class Usage:
 class Quotas:
     """Refuses with ResourceExhausted (QUOTA), which names the quota and when to try again."""
 
-    def __init__(self, quota: Quota, clock: Callable[[], float] = monotonic) -> None:
-        self._quota, self._clock = quota, clock
+    def __init__(self, quota_of: Callable[[str], Quota], clock: Callable[[], float] = monotonic) -> None:
+        self._quota_of, self._clock = quota_of, clock
         self._usage: dict[str, Usage] = {}
 
     def measured(self, tenant: str, entries: Iterable[SessionEntry]) -> None:
@@ -43,7 +43,7 @@ class Quotas:
 
     def session_refusal(self, tenant: str) -> ResourceExhausted | None:
         """Why one more session is too many, if it is."""
-        limit = self._quota.sessions_max
+        limit = self._quota_of(tenant).sessions_max
         if limit is None or self._of(tenant).sessions < limit:
             return None
         return ResourceExhausted(
@@ -52,12 +52,12 @@ class Quotas:
 
     def append_refusal(self, tenant: str) -> ResourceExhausted | None:
         """Why nothing more can be appended now, if so."""
-        usage = self._of(tenant)
-        limit = self._quota.stored_bytes_max
+        usage, quota = self._of(tenant), self._quota_of(tenant)
+        limit = quota.stored_bytes_max
         if limit is not None and usage.stored_bytes >= limit:
             text = f"{limit} bytes are stored"
             return ResourceExhausted("QUOTA", text, RETRY_SECONDS, quota="stored_bytes_max", limit=limit)
-        rate = self._quota.append_bytes_per_second_max
+        rate = quota.append_bytes_per_second_max
         if rate is not None and (debt := self._debt(usage, rate)) > 0:
             text = f"more than {rate} bytes a second are appended"
             return ResourceExhausted("QUOTA", text, debt / rate, quota="append_bytes_per_second_max", limit=rate)
@@ -68,7 +68,7 @@ class Quotas:
 
     def received(self, tenant: str, sent_bytes: int) -> None:
         """An append of so many bytes was admitted."""
-        if self._quota.append_bytes_per_second_max is not None:
+        if self._quota_of(tenant).append_bytes_per_second_max is not None:
             self._of(tenant).rate_debt_bytes += sent_bytes
 
     def stored(self, tenant: str, stored_bytes: int) -> None:

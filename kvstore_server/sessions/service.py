@@ -8,6 +8,7 @@ from kvstore_server.errors import Unavailable
 from kvstore_server.memory.growing import pageable
 from kvstore_server.metadata.index import Index
 from kvstore_server.scheduling.engine import Engine
+from kvstore_server.scheduling.pool import Pool
 from kvstore_server.sessions.appending import Appending
 from kvstore_server.sessions.attention import Device
 from kvstore_server.sessions.cooling import Cooling
@@ -36,7 +37,14 @@ class SessionService:
     """What rpc calls: `lifecycle`, `appending` and `querying` over one store, one index and one device."""
 
     def __init__(
-        self, store: ObjectStore, index: Index, engine: Engine, device: Device, settings: Settings, telemetry: Telemetry
+        self,
+        store: ObjectStore,
+        index: Index,
+        engine: Engine,
+        device: Device,
+        settings: Settings,
+        telemetry: Telemetry,
+        append_room: Pool,
     ) -> None:
         self.limits, self.telemetry = settings.limits, telemetry
         self.quality = Quality(settings.quality, telemetry)
@@ -60,7 +68,7 @@ class SessionService:
         )
         self._freshness = Freshness(index, self.registry)
         self.expiry = Expiry(self.registry, self._indexing)
-        quotas = Quotas(settings.quota)
+        quotas = Quotas(settings.quota_of)
         cooling = Cooling(
             store,
             self.registry,
@@ -69,30 +77,23 @@ class SessionService:
             settings.merge,
             sweep_seconds=settings.sweep_seconds,
         )
-        self.maintenance = Maintenance(
-            store,
-            index,
-            self.registry,
-            cooling,
-            self.expiry,
-            quotas,
-            sweep_seconds=settings.sweep_seconds,
-            grace_seconds=grace,
-        )
-        self.merging = Merging(
-            store,
-            self.registry,
-            self._indexing,
-            settings.merge,
-            sweep_seconds=settings.sweep_seconds,
-            grace_seconds=grace,
-        )
+        times = {"sweep_seconds": settings.sweep_seconds, "grace_seconds": grace}
+        self.maintenance = Maintenance(store, index, self.registry, cooling, self.expiry, quotas, **times)
+        self.merging = Merging(store, self.registry, self._indexing, settings.merge, **times)
         self.prefixes = Prefixes(self.registry, index, self.limits, grace)
         self.lifecycle = Lifecycle(
             self.registry, self.projecting, self._indexing, quotas, self.limits, self.default_codec
         )
         self.appending = Appending(
-            self.registry, self._indexing, quotas, engine, device.backend, self.limits, self.telemetry, self.quality
+            self.registry,
+            self._indexing,
+            quotas,
+            engine,
+            device.backend,
+            self.limits,
+            self.telemetry,
+            self.quality,
+            append_room,
         )
         self.querying = Querying(self.registry, engine, device, self.limits, self.quality)
 

@@ -2,6 +2,7 @@ import asyncio
 import re
 import time
 
+import grpc
 import pytest
 
 from kvstore_client import (
@@ -13,6 +14,8 @@ from kvstore_client import (
     Session,
     Unavailable,
 )
+from kvstore_client.retry import is_retryable
+from kvstore_client.transport import _error_of
 from kvstore_proto.v1 import kvstore_pb2 as pb
 
 from . import inputs
@@ -128,3 +131,12 @@ async def test_a_message_of_fourteen_mebibytes_passes(server: ScriptedServer, cl
     data = bytes(14 << 20)
     server.will("GetProjection", [pb.GetProjectionResponse(data=data)])
     assert await client.get_projection("ab") == data
+
+
+async def test_pushback_in_the_trailers_says_when_to_come_again_where_there_is_no_retry_info():
+    error = _error_of(grpc.StatusCode.RESOURCE_EXHAUSTED, "busy", [("grpc-retry-pushback-ms", "1500")])
+    assert error.retry_after_seconds == 1.5
+    assert is_retryable(error)
+    for value in ("-1", "soon"):
+        error = _error_of(grpc.StatusCode.RESOURCE_EXHAUSTED, "busy", [("grpc-retry-pushback-ms", value)])
+        assert not is_retryable(error)

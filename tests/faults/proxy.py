@@ -13,7 +13,7 @@ class Proxy:
         self._writers: set[asyncio.StreamWriter] = set()
         self._deaf = False
         self.target = ""
-        self.cuts = 0
+        self.connections = self.cuts = 0
 
     def lose_answers(self) -> None:
         """From now on the server hears the client and not the other way round, until the connection is cut."""
@@ -27,6 +27,7 @@ class Proxy:
             writer.transport.abort()
 
     async def serve(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        self.connections += 1
         server, to_server = await asyncio.open_connection(self._host, int(self._port))
         self._writers |= {to_client, to_server}
         tasks = {

@@ -18,7 +18,7 @@ from kvstore_codecs.named import shape_named
 from kvstore_server.config import Address
 from kvstore_server.monitoring.history import History
 from kvstore_server.monitoring.page import POLICY, Replica, render
-from kvstore_server.monitoring.web import Web
+from kvstore_server.monitoring.web import Probes, Web
 
 from ..running import serving
 
@@ -41,7 +41,7 @@ def counting(policy: str = POLICY) -> Iterator[Web]:
     def page() -> str:
         return render(Replica("1", "a", f"device {next(numbers)}", "s", "i", 0.0), "serving", history, ())
 
-    web = Web(Address("127.0.0.1", 0), registry, page, policy)
+    web = Web(Address("127.0.0.1", 0), registry, page, Probes(live=lambda: True, ready=lambda: True), policy)
     try:
         yield web
     finally:
@@ -64,6 +64,17 @@ async def test_a_server_answers_its_page_and_its_metrics(tmp_path: Path) -> None
     assert f":{server.port}</td><td>serving</td>" in page[1]
     assert metrics[0].startswith("text/plain")
     assert 'grpc_server_handled_total{grpc_code="OK",grpc_method="CreateSession"} 1.0' in metrics[1]
+
+
+async def test_a_draining_server_is_alive_and_not_ready(tmp_path: Path) -> None:
+    async with serving(tmp_path, listen={"metrics_address": "127.0.0.1:0"}) as server:
+        assert server.web is not None
+        for path in ("/live", "/ready"):
+            assert (await asyncio.to_thread(get, server.web.port, path))[1] == "yes\n"
+        server.admission.draining.set()
+        assert (await asyncio.to_thread(get, server.web.port, "/live"))[1] == "yes\n"
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            await asyncio.to_thread(get, server.web.port, "/ready")
 
 
 def chromium(web: Web, folder: Path, *options: str) -> str:

@@ -1,8 +1,10 @@
+from collections.abc import Callable
+
 import pytest
 
-from kvstore_server.config import Quota
 from kvstore_server.errors import ResourceExhausted
 from kvstore_server.sessions.quotas import Quotas
+from kvstore_server.tenants import Quota
 
 from ..metadata.entries import entry
 
@@ -14,19 +16,23 @@ class Clock:
         return self.now
 
 
+def each_has(quota: Quota) -> Callable[[str], Quota]:
+    return lambda _: quota
+
+
 def facts(refusal: ResourceExhausted | None) -> tuple[str, str] | None:
     return None if refusal is None else (refusal.reason, refusal.facts["quota"])
 
 
 def test_without_a_quota_nothing_is_refused() -> None:
-    quotas = Quotas(Quota())
+    quotas = Quotas(each_has(Quota()))
     quotas.received("a", 1 << 60)
     quotas.stored("a", 1 << 60)
     assert quotas.append_refusal("a") is quotas.session_refusal("a") is None
 
 
 def test_what_the_index_tells_and_what_came_since_count_together() -> None:
-    quotas = Quotas(Quota(sessions_max=3, stored_bytes_max=2500))
+    quotas = Quotas(each_has(Quota(sessions_max=3, stored_bytes_max=2500)))
     quotas.measured("a", [entry("x"), entry("y")])  # 1,000 bytes each
     quotas.stored("a", 499)
     assert quotas.append_refusal("a") is quotas.session_refusal("a") is None
@@ -39,10 +45,18 @@ def test_what_the_index_tells_and_what_came_since_count_together() -> None:
     assert quotas.append_refusal("a") is quotas.session_refusal("a") is None
 
 
+def test_a_tenant_may_have_a_quota_of_its_own() -> None:
+    quotas = Quotas({"a": Quota(sessions_max=1), "b": Quota()}.__getitem__)
+    for tenant in ("a", "b"):
+        quotas.created(tenant)
+    assert facts(quotas.session_refusal("a")) == ("QUOTA", "sessions_max")
+    assert quotas.session_refusal("b") is None
+
+
 @pytest.mark.parametrize("size", [10, 1000, 100_000])
 def test_appends_of_any_size_come_at_the_rate_on_average(size: int) -> None:
     clock = Clock()
-    quotas = Quotas(Quota(append_bytes_per_second_max=1000), clock)
+    quotas = Quotas(each_has(Quota(append_bytes_per_second_max=1000)), clock)
     admitted = 0
     while clock.now < 1100:
         refusal = quotas.append_refusal("a")
