@@ -149,7 +149,7 @@ async def play(caller: Caller, cases: Sequence[Case], findings: Findings) -> Non
     await asyncio.gather(*(work() for _ in range(AT_ONCE)))
 
 
-def peak_bytes(process: int) -> int:
+def peak_bytes(process: int | str) -> int:
     """The most memory that the process has had."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
