@@ -131,11 +131,17 @@ class AttendStream:
         """One answer, or one an item; only items of sessions that are not loaded need a task."""
         debias = step.debias if step.HasField("debias") else None
         convert.chosen(convert.LSE_FACTORS, step.lse_base, "step.lse_base")
-        answers = [
-            self._querying.attend_loaded(self._tenant, query, debias, deadline)
-            or asyncio.ensure_future(self._querying.attend(self._tenant, query, debias, deadline))
-            for query in self._queries(step)
-        ]
+        answers: list[asyncio.Future[AttendAnswer]] = []
+        try:
+            for query in self._queries(step):
+                answers.append(
+                    self._querying.attend_loaded(self._tenant, query, debias, deadline)
+                    or asyncio.ensure_future(self._querying.attend(self._tenant, query, debias, deadline))
+                )
+        except BaseException:
+            for answer in answers:  # nobody will ask for those of the items before the one that is refused
+                answer.cancel()
+            raise
         return answers[0] if len(answers) == 1 else asyncio.gather(*answers)
 
     def _admit(self, step: pb.AttendStep) -> None:

@@ -118,7 +118,11 @@ def tracebacks(server: ServerProcess) -> list[str]:
 
 @pytest.mark.slow
 async def test_no_call_breaks_the_server_or_changes_what_another_tenant_has(
-    tmp_path: Path, tokens: tuple[str, str], seed: int, pytestconfig: pytest.Config, record_property: Callable[..., None]
+    tmp_path: Path,
+    tokens: tuple[str, str],
+    seed: int,
+    pytestconfig: pytest.Config,
+    record_property: Callable[..., None],
 ) -> None:
     server = ServerProcess(tmp_path / "data", env=ENVIRONMENT)
     try:
@@ -177,7 +181,7 @@ async def test_a_fault_is_found_and_its_case_plays_again(
         await work.prepare()
         cases = [work.generator.case(number) for number in range(len(METHODS) * 40)]
         if fault == "another tenant's session":
-            with pytest.raises(AssertionError, match="another tenant|NOT_FOUND"):
+            with pytest.raises(AssertionError, match=r"another tenant|NOT_FOUND"):
                 await work.batch([case for case in cases if case.method == "DeleteSession"])
             return
         await work.batch([case for case in cases if case.method in ("Score", "TopK", "GetSession")])

@@ -6,6 +6,7 @@ Exit code 0 if nothing was found. The folder holds what to start from; what brea
 import resource
 import sys
 import tracemalloc
+from importlib import import_module
 from pathlib import Path
 
 INPUT_BYTES_MAX = 16 << 10
@@ -14,8 +15,7 @@ NATIVE_BYTES_MAX = 512 << 20
 
 
 def main() -> None:
-    import atheris
-
+    atheris = import_module("atheris")  # is there only where `make test-security` put it
     with atheris.instrument_imports(include=["kvstore_server", "kvstore_codecs"]):
         from .parsers import PARSERS, examine
 

@@ -1,4 +1,4 @@
-"""`python -m tests.security.fuzzing.large PARSER FILE`: prints how much memory the process gained while it read the file.
+"""`python -m tests.security.fuzzing.large PARSER FILE`: prints what bytes the process gained by reading the file.
 
 Python's own accounts miss what torch takes, the kernel's peak of resident memory does not.
 """

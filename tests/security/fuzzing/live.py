@@ -75,7 +75,7 @@ class Caller:
 
     def __init__(self, channel: grpc.Channel, token: str) -> None:
         self._channel = channel
-        self._metadata = [("authorization", f"Bearer {token}")]
+        self._metadata = (("authorization", f"Bearer {token}"),)
         self._threads = ThreadPoolExecutor(AT_ONCE)
 
     async def ask(self, method: str, messages: Sequence[bytes], cancel_after: int | None = None) -> Reply:
@@ -122,7 +122,7 @@ def _is_explained(call: Any) -> bool:
         return True
     trailers = dict(call.trailing_metadata() or ())
     details = status_pb2.Status.FromString(trailers.get(DETAILS_KEY, b"")).details
-    return any(detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR) for detail in details)
+    return any(detail.Unpack(error_details_pb2.ErrorInfo()) for detail in details)
 
 
 async def stock_up(caller: Caller) -> None:

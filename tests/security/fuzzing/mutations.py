@@ -13,7 +13,13 @@ INTEGERS = (0, 1, 2, 3, 255, 256, 4096, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**5
 NUMBERS = (math.nan, math.inf, -math.inf, -0.0, 5e-324, 1e-40, 1.7e308, -1.0, 0.5, 2.0)
 TEXTS = ("", ".", "..", "../../etc/passwd", "_keys", "a/b", "a\0b", "ä", "\u202e", "a" * 128, "a" * 129, "%s%n", "7")
 JSON_VALUES = (None, True, -1, 0, 0.5, 1e308, 10**30, "", "session", "projection:" + "0" * 64, [], {}, [[]], [0] * 300)
-UNKNOWN_FIELDS = (b"\xf8\x7f\x01", b"\xf9\x7f" + b"x" * 8, b"\xfa\x7f\x03abc", b"\xfb\x7f\xfc\x7f", b"\xfd\x7f" + b"x" * 4)
+UNKNOWN_FIELDS = (
+    b"\xf8\x7f\x01",
+    b"\xf9\x7f" + b"x" * 8,
+    b"\xfa\x7f\x03abc",
+    b"\xfb\x7f\xfc\x7f",
+    b"\xfd\x7f" + b"x" * 4,
+)
 """Field 2047 with each wire type; the fourth is an empty group."""
 MANY = 3_000
 BIG_BYTES = 5 << 20
@@ -64,7 +70,9 @@ def _change_repeated(values: Any, field: Any, chance: Random) -> None:
     elif chance.random() < 0.5:
         kept = kept[: chance.randint(0, len(kept))]
     first = kept[0] if kept else b"" if field.type == Field.TYPE_BYTES else 0
-    values.extend([*kept, *[_scalar(field, first, chance)] * chance.choice([0, 1, 2, MANY])])
+    more = _scalar(field, first, chance)
+    most = MANY if field.type != Field.TYPE_BYTES else 1 + BIG_BYTES // max(1, len(more))
+    values.extend([*kept, *[more] * min(most, chance.choice([0, 1, 2, MANY]))])
 
 
 def _scalar(field: Any, value: Any, chance: Random) -> Any:

@@ -107,7 +107,8 @@ def _index_values() -> list[bytes]:
         "R": replica.model_dump_json(),
         "N": Notice(tenant="default", session="a", generation="0", length=3).model_dump_json(),
     }
-    return [f"{kind}{value}".encode() for kind, value in values.items()]
+    found = [f"{kind}{value}".encode() for kind, value in values.items()]
+    return [*found, found[0] + b" is no number"]
 
 
 def _key_record() -> bytes:

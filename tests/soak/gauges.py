@@ -1,0 +1,32 @@
+"""What a server holds at one moment: of the kernel, of its own metrics, of its folder."""
+
+import os
+from pathlib import Path
+from urllib.request import urlopen
+
+METRICS = {
+    "kvstore_resident_bytes": "rows in memory, MiB",
+    "kvstore_resident_sessions": "sessions in memory",
+    "kvstore_sessions": "sessions",
+    "kvstore_merged_objects": "merges so far",
+}
+
+
+def memory_bytes(process: int, what: str = "VmRSS") -> int:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{what}:"))
+
+
+def sample(process: int, metrics_url: str, store: Path) -> dict[str, float]:
+    """Name to value; blocking."""
+    with urlopen(metrics_url, timeout=10) as page:
+        lines = [line.split() for line in page.read().decode().splitlines() if not line.startswith("#")]
+    values = {METRICS[line[0]]: float(line[-1]) for line in lines if line[0] in METRICS}
+    values["rows in memory, MiB"] /= 2**20
+    return {
+        "memory, MiB": memory_bytes(process) / 2**20,
+        "descriptors": len(os.listdir(f"/proc/{process}/fd")),
+        "threads": len(os.listdir(f"/proc/{process}/task")),
+        **values,
+        "objects in the store": sum(1 for _ in store.rglob("*.safetensors")),
+    }
