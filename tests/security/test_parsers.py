@@ -2,6 +2,7 @@
 
 import random
 import re
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -20,6 +21,7 @@ from ..faults.tally import only_in_the_whole_suite, times
 from ..project_rules import ROOT
 from ..storage.inputs import SPEC, commit_log, next_segment, object_bytes
 from ..storage.memory_store import MemoryStore
+from .fuzzing import parsers
 from .fuzzing.mutations import changed_bytes
 from .fuzzing.parsers import PARSERS, TIMES_INPUT_MAX, Parser, Violation, examine
 from .fuzzing.seeds import seeds_of
@@ -72,7 +74,7 @@ def test_too_much_memory_and_time_are_noticed(monkeypatch: pytest.MonkeyPatch) -
     greedy = Parser(lambda data: bytearray(1 << 20), (), (None, "", None))
     with pytest.raises(Violation, match="allocated"):
         examine(greedy, b"1")
-    monkeypatch.setattr("tests.security.fuzzing.parsers.SECONDS_MAX", -1.0)
+    monkeypatch.setattr(parsers, "SECONDS_MAX", -1.0)
     with pytest.raises(Violation, match="took"):
         examine(Parser(len, (), (None, "", None)), b"1")
 
@@ -145,3 +147,25 @@ def test_a_large_file_takes_at_most_four_times_its_size(
     gained = int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=120).stdout)
     print(f"{name} of {len(data) / 2**20:.0f} MiB: {gained / len(data):.2f} times its size")
     assert len(data) / 2 < gained < TIMES_INPUT_MAX * len(data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "input_bytes", "mebibytes_max"),
+    [("object, sealed", 4 << 20, 160), ("record", 1 << 20, 40), ("projection", 1 << 20, 40), ("codec", 64 << 10, 8)],
+)
+def test_json_made_to_be_large_is_bounded_by_the_limit_of_its_text(
+    name: str, input_bytes: int, mebibytes_max: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's objects take many times their text; so the text is bounded, before it is parsed."""
+    monkeypatch.setattr(parsers, "SECONDS_MAX", 60.0)
+    monkeypatch.setattr(parsers, "TIMES_INPUT_MAX", 0)
+    monkeypatch.setattr(parsers, "FIXED_BYTES", mebibytes_max << 20)
+    data = b'{"__metadata__":{},"x":[' + b'{"":[]},' * (input_bytes // 8 - 20) + b"0]}"
+    if name in ("object, sealed", "projection"):
+        data = struct.pack("<Q", len(data)) + data
+    examine(PARSERS[name], data)
+    monkeypatch.setattr(parsers, "FIXED_BYTES", 0)
+    with pytest.raises(Violation) as found:
+        examine(PARSERS[name], data)
+    print(f"{name}: {found.value}")

@@ -8,6 +8,7 @@ METRICS = {
     "kvstore_resident_bytes": "rows in memory, MiB",
     "kvstore_resident_sessions": "sessions in memory",
     "kvstore_sessions": "sessions",
+    "kvstore_quality_kept_bytes": "kept to compare with, MiB",
     "kvstore_merged_objects": "merges so far",
 }
 
@@ -22,7 +23,7 @@ def sample(process: int, metrics_url: str, store: Path) -> dict[str, float]:
     with urlopen(metrics_url, timeout=10) as page:
         lines = [line.split() for line in page.read().decode().splitlines() if not line.startswith("#")]
     values = {METRICS[line[0]]: float(line[-1]) for line in lines if line[0] in METRICS}
-    values["rows in memory, MiB"] /= 2**20
+    values = {name: value / 2**20 if name.endswith("MiB") else value for name, value in values.items()}
     return {
         "memory, MiB": memory_bytes(process) / 2**20,
         "descriptors": len(os.listdir(f"/proc/{process}/fd")),

@@ -19,6 +19,7 @@ SETTINGS = {
     "KVSTORE__MERGE__OBJECTS_MIN": "4",
     "KVSTORE__SWEEP_SECONDS": "2",
     "KVSTORE__GC_GRACE_SECONDS": "20",
+    "KVSTORE__QUALITY__EXACT_BYTES_MAX": str(8 << 20),
 }
 """So that what takes hours elsewhere comes to a balance within minutes."""
 SAMPLES = 400

@@ -16,7 +16,6 @@ from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_server.rpc.handlers import SERVICE
 from kvstore_server.rpc.status import DETAILS_KEY, code_name
 
-from ..calling import METHODS
 from .cases import Case, stocked
 from .requests import append, create
 
@@ -153,6 +152,3 @@ def peak_bytes(process: int | str) -> int:
     """The most memory that the process has had."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
-
-
-assert set(METHODS) == {method.name for method in SERVICE.methods}
