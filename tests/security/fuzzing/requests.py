@@ -1,6 +1,7 @@
 """Valid calls of every RPC about a small session: what mutation starts from."""
 
 from collections.abc import Sequence
+from hashlib import sha256
 from random import Random
 from typing import Any
 
@@ -144,7 +145,7 @@ def _fetch(name: str, chance: Random) -> list[Any]:
 
 
 def calls(name: str, chance: Random, projection: bytes, sketch: Sequence[pb.FetchResponse]) -> dict[str, list[Any]]:
-    """By method. `projection` is a file that the server takes, `sketch` what a session of the kind "signs" holds."""
+    """By method. `projection` is a file that the server has, `sketch` what a session of the kind "signs" holds."""
     half = len(projection) // 2
     grown = append(name, TOKENS, chance.randint(1, 3), chance.randrange(2**32))
     if sketch and name.startswith("signs") and chance.random() < 0.5:
@@ -155,7 +156,11 @@ def calls(name: str, chance: Random, projection: bytes, sketch: Sequence[pb.Fetc
         "ListSessions": [pb.ListSessionsRequest(prefix=name[:2], page_size=3, page_token=name)],
         "UpdateSession": [pb.UpdateSessionRequest(name=name, ttl_seconds=900.0, pinned=True)],
         "DeleteSession": [pb.DeleteSessionRequest(name=name)],
-        "ForkSession": [pb.ForkSessionRequest(source=name, name=f"fork.{name}", end=chance.randint(0, TOKENS))],
+        "ForkSession": [
+            pb.ForkSessionRequest(
+                source=name, name=f"fork.{name}.{chance.randrange(9_999)}", end=chance.randint(0, TOKENS)
+            )
+        ],
         "MatchPrefix": [pb.MatchPrefixRequest(block_hashes=[block_hash(f"{name} {i}") for i in range(TOKENS)])],
         "Prefetch": [pb.PrefetchRequest(session=name, end=TOKENS, precision=precision(chance))],
         "Append": grown,
@@ -164,7 +169,7 @@ def calls(name: str, chance: Random, projection: bytes, sketch: Sequence[pb.Fetc
         "Attend": attend(name, chance),
         "Fetch": _fetch(name, chance),
         "PutProjection": [pb.PutProjectionRequest(data=part) for part in (projection[:half], projection[half:])],
-        "GetProjection": [pb.GetProjectionRequest(sha256="0" * 64)],
+        "GetProjection": [pb.GetProjectionRequest(sha256=sha256(projection).hexdigest())],
         "ListProjections": [pb.ListProjectionsRequest(page_size=1)],
         "GetServerInfo": [pb.GetServerInfoRequest()],
     }
