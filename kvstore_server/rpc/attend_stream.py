@@ -134,10 +134,9 @@ class AttendStream:
         answers: list[asyncio.Future[AttendAnswer]] = []
         try:
             for query in self._queries(step):
-                answers.append(
-                    self._querying.attend_loaded(self._tenant, query, debias, deadline)
-                    or asyncio.ensure_future(self._querying.attend(self._tenant, query, debias, deadline))
-                )
+                begun = self._querying.attend_loaded(self._tenant, query, debias, deadline)
+                later = begun or asyncio.ensure_future(self._querying.attend(self._tenant, query, debias, deadline))
+                answers.append(later)
         except BaseException:
             for answer in answers:  # nobody will ask for those of the items before the one that is refused
                 answer.cancel()
