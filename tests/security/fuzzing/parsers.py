@@ -16,7 +16,8 @@ from crc32c import crc32c
 from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 
-from kvstore_codecs import artifact
+from kvstore_codecs import artifact, resolve
+from kvstore_codecs.spec import KINDS
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_server.errors import DataLoss, FailedPrecondition, InvalidArgument
 from kvstore_server.identity import api_keys
@@ -25,7 +26,7 @@ from kvstore_server.metadata.redis import RedisIndex
 from kvstore_server.rpc import append_messages, convert
 from kvstore_server.storage import container, meta, segment, segment_header
 
-from ...storage.inputs import commit_log, created, log_key
+from ...storage.inputs import SHAPE, commit_log, created, log_key
 from ...storage.memory_store import MemoryStore
 
 IDENTITY = segment_header.Identity("default", "a", "000000000000", 0)
@@ -134,8 +135,10 @@ def append_message(data: bytes) -> None:
 
 
 def codec_json(data: bytes) -> object:
-    """protobuf has seen to it that the text is UTF-8."""
-    return convert.spec_from(data.decode("utf-8", "replace"))
+    """As CreateSession checks it and appends use it. protobuf has seen to it that the text is UTF-8."""
+    spec = convert.spec_from(data.decode("utf-8", "replace"))
+    resolve.check_spec(spec, SHAPE)
+    return [spec.of_layers(kind, SHAPE.layers) for kind in KINDS]
 
 
 def _endless_varint(message: bytes, at: int) -> tuple[int, int]:
@@ -146,8 +149,9 @@ def _endless_varint(message: bytes, at: int) -> tuple[int, int]:
     return value | message[at + place] << 7 * place, at + place + 1
 
 
-def _unchecked_offset(head: memoryview) -> int:
-    return container.PREFIX_BYTES + struct.unpack_from("<Q", head)[0]
+def _header_beyond_the_end(head: memoryview) -> Any:
+    struct.unpack_from("<I", head, container.data_offset(head))
+    return container.parse_header(head)
 
 
 def _lenient_version(min_reader: Any, newest: int, what: str) -> None:
@@ -161,16 +165,11 @@ def _trusting_header(view: memoryview) -> Any:
     return _READ_HEADER(view)
 
 
-def _first_of_path(field: str, error: Any) -> InvalidArgument:
-    first = error.errors(include_url=False)[0]
-    return InvalidArgument(f"{field}.{first['loc'][0]}", first["msg"])
-
-
 _READ_HEADER = artifact.read_header
 _OBJECT = DataLoss, FailedPrecondition
 PARSERS: dict[str, Parser] = {
     "object": Parser(
-        lambda data: segment.read_segment(data, IDENTITY), _OBJECT, (container, "data_offset", _unchecked_offset)
+        lambda data: segment.read_segment(data, IDENTITY), _OBJECT, (segment, "parse_header", _header_beyond_the_end)
     ),
     "object, sealed": Parser(
         lambda data: segment.read_segment(data, IDENTITY),
@@ -184,7 +183,7 @@ PARSERS: dict[str, Parser] = {
         (meta, "check_readable", _lenient_version),
         sealed_record,
     ),
-    "commit log": Parser(in_log, _OBJECT, (container, "data_offset", _unchecked_offset), sealed_in_log),
+    "commit log": Parser(in_log, _OBJECT, (segment, "parse_header", _header_beyond_the_end), sealed_in_log),
     "projection": Parser(artifact.read_projection, (ValueError,), (artifact, "read_header", _trusting_header)),
     "index value": Parser(
         index_value, (), (RedisIndex, "_prefix", lambda _, value: PrefixEntry(**json.loads(value or b"{}")))
@@ -199,5 +198,5 @@ PARSERS: dict[str, Parser] = {
         ),
     ),
     "Append message": Parser(append_message, (DecodeError,), (append_messages, "_varint", _endless_varint)),
-    "codec": Parser(codec_json, (InvalidArgument,), (convert, "_refused", _first_of_path)),
+    "codec": Parser(codec_json, (InvalidArgument, ValueError), (resolve, "check_spec", lambda spec, shape: None)),
 }

@@ -32,7 +32,7 @@ CODECS = (
     CodecSpec(
         keys=Qjl(outlier_channels=(1, 5)),
         values=Affine(planes=3),
-        overrides=(LayerOverride(layers=(0, -1), keys=Rotated(basis="haar")),),
+        overrides=(LayerOverride(layers=(0, -1) * 16, keys=Rotated(basis="haar")),),
     ),
     CodecSpec(keys=Matryoshka(), values=Matryoshka(basis="projection:" + "0" * 64), fit_tokens=512),
 )
