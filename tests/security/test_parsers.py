@@ -134,14 +134,10 @@ def large_projection() -> bytes:
     return write_projection(header, parts)
 
 
-@pytest.mark.slow
+@only_in_the_whole_suite
 @pytest.mark.parametrize(("name", "make"), [("object", large_object), ("projection", large_projection)])
-@pytest.mark.parametrize("damaged", [False, True])
-def test_a_large_file_takes_at_most_four_times_its_size(
-    name: str, make: Callable[[], bytes], damaged: bool, tmp_path: Path
-) -> None:
-    data = bytearray(make())
-    data[len(data) // 2] ^= damaged
+def test_a_large_file_takes_at_most_four_times_its_size(name: str, make: Callable[[], bytes], tmp_path: Path) -> None:
+    data = make()
     (tmp_path / "file").write_bytes(data)
     command = [sys.executable, "-m", "tests.security.fuzzing.large", name, str(tmp_path / "file")]
     gained = int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=120).stdout)
@@ -149,7 +145,7 @@ def test_a_large_file_takes_at_most_four_times_its_size(
     assert len(data) / 2 < gained < TIMES_INPUT_MAX * len(data)
 
 
-@pytest.mark.slow
+@only_in_the_whole_suite
 @pytest.mark.parametrize(
     ("name", "input_bytes", "mebibytes_max"),
     [("object, sealed", 4 << 20, 160), ("record", 1 << 20, 40), ("projection", 1 << 20, 40), ("codec", 64 << 10, 8)],

@@ -29,7 +29,7 @@ def draw(
         panel.axis("off")
     for panel in panels[-1]:
         panel.set_xlabel("minutes")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
