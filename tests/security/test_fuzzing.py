@@ -29,11 +29,12 @@ from kvstore_server.storage.local import LocalStore
 from ..codecs.spectra import projection
 from ..faults.tally import WHOLE_SUITE, times
 from ..running import ServerProcess, serving
+from ..soak.gauges import memory_bytes
 from .calling import METHODS
 from .fuzzing import live
 from .fuzzing.bystander import Bystander
 from .fuzzing.cases import Case, Generator
-from .fuzzing.live import BATCH, OPTIONS, Caller, Findings, peak_bytes, play, stock_up
+from .fuzzing.live import BATCH, OPTIONS, Caller, Findings, play, stock_up
 from .fuzzing.requests import STOCK, TOKENS
 
 CASES = times(300, 10_000)
@@ -137,14 +138,14 @@ async def test_no_call_breaks_the_server_or_changes_what_another_tenant_has(
             warm = 0
             for first in range(0, len(numbers), BATCH):
                 await work.batch([work.generator.case(n) for n in numbers[first : first + BATCH]])
-                warm = peak_bytes(server.pid) if first < WARM_CASES else warm
+                warm = memory_bytes(server.pid, "VmHWM") if first < WARM_CASES else warm
                 if not (first + BATCH) % 1_000:
                     print(f"fuzzed calls: {first + BATCH:,} of {CASES:,}", flush=True)
             for path in replay or ():
                 await work.batch([Case.load(Path(path))])
             assert server.running
         await answers_exactly(server.target, tokens[0])
-        growth = peak_bytes(server.pid) - warm if warm else 0
+        growth = memory_bytes(server.pid, "VmHWM") - warm if warm else 0
     finally:
         code = server.terminate() if server.running else "gone"
     record_property("what", "fuzzed calls")

@@ -13,7 +13,8 @@ METRICS = {
 }
 
 
-def memory_bytes(process: int, what: str = "VmRSS") -> int:
+def memory_bytes(process: int | str, what: str) -> int:
+    """VmRSS is what the process has, VmHWM the most that it has had."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{what}:"))
 
@@ -25,7 +26,7 @@ def sample(process: int, metrics_url: str, store: Path) -> dict[str, float]:
     values = {METRICS[line[0]]: float(line[-1]) for line in lines if line[0] in METRICS}
     values = {name: value / 2**20 if name.endswith("MiB") else value for name, value in values.items()}
     return {
-        "memory, MiB": memory_bytes(process) / 2**20,
+        "memory, MiB": memory_bytes(process, "VmRSS") / 2**20,
         "descriptors": len(os.listdir(f"/proc/{process}/fd")),
         "threads": len(os.listdir(f"/proc/{process}/task")),
         **values,

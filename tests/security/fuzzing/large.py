@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from .live import peak_bytes
+from ...soak.gauges import memory_bytes
 from .parsers import PARSERS
 
 
@@ -16,10 +16,10 @@ def main() -> None:
     with suppress(*parser.errors):
         parser.parse(data[:-1])  # what is loaded at the first use
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
-    before = peak_bytes("self")
+    before = memory_bytes("self", "VmHWM")
     with suppress(*parser.errors):
         parser.parse(data)
-    print(peak_bytes("self") - before)
+    print(memory_bytes("self", "VmHWM") - before)
 
 
 if __name__ == "__main__":
