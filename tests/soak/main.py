@@ -98,12 +98,13 @@ def main() -> int:
     options = argparse.ArgumentParser(prog="make soak ARGS=...", description=__doc__)
     options.add_argument("--minutes", type=float, default=20.0)
     options.add_argument("--warm-minutes", type=float, help="before slopes are measured; default: a quarter")
-    options.add_argument("--out", type=Path, default=Path("soak.png"), help="the picture")
+    options.add_argument("--out", type=Path, default=Path("build/soak.png"), help="the picture")
     options.add_argument("--leak", action="store_true", help="a planted fault: sessions are never deleted")
     given = options.parse_args()
     plan = Plan(given.minutes, given.minutes / 4 if given.warm_minutes is None else given.warm_minutes, given.leak)
     with tempfile.TemporaryDirectory(prefix="kvstore-soak-") as folder:
         found = asyncio.run(soak(plan, Path(folder)))
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     draw(given.out, found.title, found.seconds, found.series, plan.warm_minutes * 60)
     print(found.title, *table(found.slopes), f"picture: {given.out}", sep="\n")
     return 0 if all(each.flat for each in found.slopes) else 1
