@@ -14,7 +14,7 @@ from kvstore_codecs.spec import RAW, ModelShape
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_proto.v1.kvstore_pb2_grpc import KVStoreServiceStub
 from kvstore_server.app import Server
-from kvstore_server.sessions.querying import Querying
+from kvstore_server.rpc.attend_stream import AttendStream
 
 from ..running import serving
 
@@ -76,19 +76,19 @@ async def test_items_before_one_that_is_refused_are_not_answered_for_nobody(
     call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[asyncio.Future[Any]] = []
-    loaded = Querying.attend_loaded
+    answer_of = AttendStream._answer_of  # pyright: ignore[reportPrivateUsage]
 
-    def noted(self: Querying, *arguments: Any) -> Any:
-        begun.append(loaded(self, *arguments) or asyncio.ensure_future(self.attend(*arguments)))
+    def noted(self: AttendStream, *arguments: Any) -> Any:
+        begun.append(answer_of(self, *arguments))
         return begun[-1]
 
-    monkeypatch.setattr(Querying, "attend_loaded", noted)
+    monkeypatch.setattr(AttendStream, "_answer_of", noted)
     for handle, name in ((1, "a"), (2, "b")):
         await ask(call, bind(handle, name))
     assert not (await ask(call, step(6, (2, 8, 1)))).error.code
     refused = await ask(call, step(7, (1, 9_999, 1), (2, 8, 1), debias=7.0))
     assert refused.error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
-    assert len(begun) == 2
+    assert len(begun) == 2, "the second item of the second step is refused"
     assert begun[-1].cancelled(), "the item of a session that had to be loaded"
 
 
