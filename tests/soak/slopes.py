@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 ALLOWED = {
-    "memory, MiB": 24.0,
+    "memory, MiB": 16.0,
     "descriptors": 6.0,
     "threads": 3.0,
     "rows in memory, MiB": 2.0,

@@ -129,7 +129,10 @@ def seeds_of(parser: str) -> list[bytes]:
     if parser in ("object", "object, sealed"):
         return _objects()
     if parser == "commit log":
-        strange = [_records()[0].replace(b'"generation":"0', b'"generation":"p'), _records()[0].replace(b'"b"', b'"../b"')]
+        strange = [
+            _records()[0].replace(b'"generation":"0', b'"generation":"p'),
+            _records()[0].replace(b'"b"', b'"../b"'),
+        ]
         return [*(b"R" + each for each in (*_records(), *strange)), *(b"S" + each for each in _objects())]
     if parser == "Append message":
         other = pb.AppendRequest(frame=pb.AppendFrame(layer=1, data=b"x" * 9)).SerializeToString() + b"\xf8\x7f\x01"
