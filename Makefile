@@ -1,10 +1,11 @@
 .DEFAULT_GOAL := help
-.PHONY: help test test-faults test-replicas check fmt demo bench proto constraints up down clean
+.PHONY: help test test-faults test-replicas test-security soak check fmt demo bench proto constraints up down clean
 BIN := .venv/bin
 SOURCES := kvstore_server kvstore_client kernels proto/generate.py deploy tests
 # Every target first makes what it needs: .venv with the extra in the stamp's name, again when these change.
 DEV := .venv/.ready-dev
 DEMO := .venv/.ready-demo
+FUZZ := .venv/.ready-fuzz
 .venv/.ready-%: pyproject.toml constraints.txt deploy/setup.sh deploy/pip_settings.py
 	@deploy/setup.sh $*
 
@@ -21,6 +22,12 @@ test-faults: $(DEV) ## kills and other faults, many times, and a table of what c
 
 test-replicas: $(DEV) ## three replicas, Redis, an S3 server and Envoy, on loopback: replicas are killed under load
 	@KVSTORE_TIER=F OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -n 0 --timeout 0 tests/faults/test_replica_kills.py $(ARGS)
+
+test-security: $(DEV) $(FUZZ) ## callers, tenants, secrets, 10,000 fuzzed calls, every parser for a minute, overload, and a table
+	@KVSTORE_TIER=F OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -n 0 --timeout 0 tests/security $(ARGS)
+
+soak: $(DEV) ## 20 minutes of mixed load, and whether memory and all else stays flat (ARGS="--minutes 60 --out FILE.png")
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.main $(ARGS)
 
 check: $(DEV) ## lint, types, protocol, size and import rules
 	$(BIN)/ruff check $(SOURCES)

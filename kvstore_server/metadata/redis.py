@@ -222,12 +222,12 @@ class RedisIndex:
         if not value:
             return None
         try:
-            entry = SessionEntry.model_validate_json(value)
-        except ValidationError:
+            entry, last_used = SessionEntry.model_validate_json(value), float(used or 0)
+        except ValueError:  # pydantic's, too
             return self._distrust("an entry")
         if (entry.tenant, entry.name) != (tenant, name.decode(errors="replace")):
             return self._distrust("an entry of another session")
-        if entry.last_used_unix_seconds < (last_used := float(used or 0)) <= UNIX_SECONDS_MAX:
+        if entry.last_used_unix_seconds < last_used <= UNIX_SECONDS_MAX:
             return entry.model_copy(update={"last_used_unix_seconds": last_used})
         return entry
 

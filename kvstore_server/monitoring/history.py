@@ -23,12 +23,13 @@ class Moment:
     samples: Mapping[tuple[str, Labels], float]
 
     @classmethod
-    def now(cls, registry: CollectorRegistry) -> "Moment":
-        found = {
-            (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-            for family in registry.collect()
-            for sample in family.samples
-        }
+    def now(cls, registry: CollectorRegistry, before: "Moment | None" = None) -> "Moment":
+        """Shares names and labels, most of what a moment takes, with the one `before`."""
+        known = {} if before is None else {key: key for key in before.samples}
+        found: dict[tuple[str, Labels], float] = {}
+        for sample in (sample for family in registry.collect() for sample in family.samples):
+            key = sample.name, tuple(sorted(sample.labels.items()))
+            found[known.get(key, key)] = sample.value
         return cls(time(), found)
 
     def each(self, name: str) -> Iterator[tuple[dict[str, str], float]]:
@@ -52,7 +53,7 @@ class History:
 
     def note(self) -> None:
         """Adds the present moment."""
-        self.moments.append(Moment.now(self._registry))
+        self.moments.append(Moment.now(self._registry, self.moments[-1] if self.moments else None))
 
     async def run(self) -> None:
         """Notes moments until it is cancelled."""

@@ -172,8 +172,16 @@ class AttendStream:
             return self._answer_of(step, items[0], q, deadline)
         for item in items:
             self._session_of(item)
-        parts = zip(items, q.split(rows), strict=True)
-        return asyncio.gather(*(self._answer_of(step, item, part, deadline) for item, part in parts))
+        answers: list[asyncio.Future[AttendAnswer]] = []
+        try:
+            for item, part in zip(items, q.split(rows), strict=True):
+                answer = self._answer_of(step, item, part, deadline)
+                answers.append(answer)
+        except BaseException:
+            for answer in answers:  # nobody will ask for those of the items before the one that is refused
+                answer.cancel()
+            raise
+        return asyncio.gather(*answers)
 
     def _answer_of(
         self, step: pb.AttendStep, item: pb.AttendStep.Item, q: Tensor, deadline: float

@@ -12,6 +12,9 @@ from kvstore_server.errors import KVStoreError, ResourceExhausted
 LOG = logging.getLogger(__name__)
 DOMAIN = "kvstore"
 DETAILS_KEY = "grpc-status-details-bin"
+TEXT_CHARACTERS_MAX = 400
+FACT_CHARACTERS_MAX = 128
+"""They may repeat what a caller sent. gRPC drops a status whose trailers are over 8 KiB, code and all."""
 
 
 def status_of(error: BaseException) -> status_pb2.Status:
@@ -23,8 +26,10 @@ def status_of(error: BaseException) -> status_pb2.Status:
         incident = secrets.token_hex(8)
         LOG.error("incident %s", incident, exc_info=error)
         return status_pb2.Status(code=grpc.StatusCode.INTERNAL.value[0], message=f"internal error, incident {incident}")
-    status = status_pb2.Status(code=grpc.StatusCode[error.code].value[0], message=str(error))
-    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.facts)
+    code, text = grpc.StatusCode[error.code].value[0], str(error)[:TEXT_CHARACTERS_MAX]
+    status = status_pb2.Status(code=code, message=text)
+    facts = {name: value[:FACT_CHARACTERS_MAX] for name, value in error.facts.items()}
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=facts)
     status.details.add().Pack(info)
     if isinstance(error, ResourceExhausted):
         delay = Duration()

@@ -8,7 +8,8 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from kvstore_codecs.spec import CodecSpec, Frozen, ModelShape
 from kvstore_server.errors import DataLoss, FailedPrecondition
-from kvstore_server.storage.keys import POSITION_MAX
+from kvstore_server.limits import SESSION_NAME
+from kvstore_server.storage.keys import NUMBER_DIGITS, POSITION_MAX
 from kvstore_server.storage.versions import check_readable
 
 FORMAT = "kvstore.meta"
@@ -19,6 +20,8 @@ ANCESTORS_MAX = 64
 MERGED_MAX = 2048
 
 Position = Annotated[int, Field(ge=0, le=POSITION_MAX)]
+SessionName = Annotated[str, Field(pattern=f"^(?:{SESSION_NAME.pattern})$")]
+Generation = Annotated[str, Field(pattern=f"^[0-9]{{{NUMBER_DIGITS}}}$")]
 Seconds = Annotated[float, Field(gt=0)]
 Hex256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -26,8 +29,8 @@ Hex256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class Ancestor(Frozen, frozen=True):
     """Positions below `end`, from the ancestor before it on, are those of this generation of this session."""
 
-    session: str
-    generation: str
+    session: SessionName
+    generation: Generation
     end: Position
 
 
@@ -75,7 +78,7 @@ class Attributes(_Record, frozen=True):
     """Replaces what may change of a living generation."""
 
     type: Literal["attributes"] = "attributes"
-    generation: str
+    generation: Generation
     ttl_seconds: Seconds | None
     pinned: bool
 
@@ -84,14 +87,14 @@ class Delete(_Record, frozen=True):
     """Ends a generation."""
 
     type: Literal["delete"] = "delete"
-    generation: str
+    generation: Generation
 
 
 class Expire(_Record, frozen=True):
     """Ends a generation that nobody used: those who name it may still read it for a while."""
 
     type: Literal["expire"] = "expire"
-    generation: str
+    generation: Generation
 
 
 class Checkpoint(_Record, frozen=True):
@@ -103,7 +106,7 @@ class Checkpoint(_Record, frozen=True):
     version: int = VERSION
     min_reader: Literal[2] = VERSION
     type: Literal["checkpoint"] = "checkpoint"
-    generation: str
+    generation: Generation
     ttl_seconds: Seconds | None
     pinned: bool
     merged: Annotated[tuple[MergedRange, ...], Field(min_length=1, max_length=MERGED_MAX)]

@@ -1,6 +1,7 @@
 """How often each fault is brought about, and what came of it: the table at the end of `make test-faults`."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -42,11 +43,16 @@ class Tally:
         table += [
             (row.fault, f"{row.cycles:,}", f"{row.operations:,}", f"{row.losses:,}") for row in self.rows.values()
         ]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return [
-            "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
-            for cells in table
-        ]
+        return aligned(table)
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """A line a row: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
+        for cells in table
+    ]
 
 
 TALLY = Tally()

@@ -14,6 +14,7 @@ from kvstore_codecs.spec import RAW, ModelShape
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_proto.v1.kvstore_pb2_grpc import KVStoreServiceStub
 from kvstore_server.app import Server
+from kvstore_server.rpc.attend_stream import AttendStream
 
 from ..running import serving
 
@@ -69,6 +70,26 @@ async def test_one_step_carries_rows_of_several_sessions(call: Any) -> None:
     other = (await ask(call, step(8, (1, 8, 1), (2, 3, 2), lse_base=pb.LSE_BASE_2))).result
     assert other.lse_base == pb.LSE_BASE_2
     torch.testing.assert_close(torch.frombuffer(bytearray(other.lse.data), dtype=torch.float32), natural * 1.442695)
+
+
+async def test_items_before_one_that_is_refused_are_not_answered_for_nobody(
+    call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[asyncio.Future[Any]] = []
+    answer_of = AttendStream._answer_of  # pyright: ignore[reportPrivateUsage]
+
+    def noted(self: AttendStream, *arguments: Any) -> Any:
+        begun.append(answer_of(self, *arguments))
+        return begun[-1]
+
+    monkeypatch.setattr(AttendStream, "_answer_of", noted)
+    for handle, name in ((1, "a"), (2, "b")):
+        await ask(call, bind(handle, name))
+    assert not (await ask(call, step(6, (2, 8, 1)))).error.code
+    refused = await ask(call, step(7, (1, 9_999, 1), (2, 8, 1), debias=7.0))
+    assert refused.error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert len(begun) == 2, "the second item of the second step is refused"
+    assert begun[-1].cancelled(), "the item of a session that had to be loaded"
 
 
 @pytest.mark.parametrize(

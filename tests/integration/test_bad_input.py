@@ -299,5 +299,14 @@ async def test_a_message_over_the_limit_is_refused(stub: Any) -> None:
     assert await length(stub) == TOKENS
 
 
+async def test_an_error_repeats_so_little_of_what_was_sent_that_it_arrives(stub: Any) -> None:
+    """gRPC would answer RESOURCE_EXHAUSTED of its own for trailers over its bound."""
+    for generation in ("x" * 70_000, "\u202e" * 70_000):
+        fork = pb.ForkSessionRequest(source="s", source_generation=generation, name="t")
+        code, facts = await refused(stub.ForkSession(fork))
+        assert code == "ABORTED"
+        assert max(map(len, facts.values())) <= 128
+
+
 async def length(stub: Any) -> int:
     return (await stub.GetSession(pb.GetSessionRequest(name="s"))).session.length

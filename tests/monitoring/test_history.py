@@ -16,6 +16,17 @@ def later(history: History, registry: CollectorRegistry, seconds: float) -> None
     history.moments.append(Moment(seconds, now.samples))
 
 
+def test_moments_share_what_does_not_change(registry: CollectorRegistry) -> None:
+    history, calls = History(registry), Counter("calls", "", ["code"], registry=registry)
+    calls.labels("OK").inc()
+    history.note()
+    calls.labels("BUSY").inc(2)
+    history.note()
+    first, second = history.moments
+    assert second.total("calls_total", code="BUSY") == 2
+    assert {id(key) for key in first.samples} < {id(key) for key in second.samples}
+
+
 def test_rates_are_between_moments_and_by_label(registry: CollectorRegistry) -> None:
     history, calls = History(registry), Counter("calls", "", ["code"], registry=registry)
     later(history, registry, 100.0)

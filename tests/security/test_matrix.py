@@ -1,6 +1,6 @@
 """Every RPC of the protocol, by every kind of caller, about a session of its own, of another tenant and of nobody."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -206,10 +206,11 @@ async def matrix(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
 
 @pytest.mark.slow
 async def test_every_caller_may_do_what_its_role_allows_to_its_own_tenant_s_sessions_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
 ) -> None:
     async with matrix(tmp_path, monkeypatch) as every:
         assert await every.complaints() == []
+        record_property("cases", every.cells)
         assert every.cells == len(METHODS) * len(every.identities) * len(TARGETS)
         print(f"{len(METHODS)} RPCs x {len(every.identities)} callers x {len(TARGETS)} sessions: {every.cells} cells")
 

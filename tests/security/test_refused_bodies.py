@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,7 +39,9 @@ def codes_of(target: str, method: str, calls: int) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["TopK", "Append"])
-async def test_refused_messages_take_no_memory(tmp_path: Path, method: str) -> None:
+async def test_refused_messages_take_no_memory(
+    tmp_path: Path, method: str, record_property: Callable[[str, object], None]
+) -> None:
     server = ServerProcess(tmp_path, env={"KVSTORE__IDENTITY__API_KEYS": "true"})
     try:
         await asyncio.to_thread(codes_of, server.target, method, AT_ONCE)
@@ -48,5 +51,6 @@ async def test_refused_messages_take_no_memory(tmp_path: Path, method: str) -> N
     finally:
         server.kill()
     assert codes == {"UNAUTHENTICATED"}
+    record_property("cases", CALLS)
     print(f"{CALLS} refused calls of {len(BODY) >> 20} MiB: {growth / 2**20:+.1f} MiB")
     assert growth < GROWTH_BYTES_MAX
