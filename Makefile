@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help test test-faults test-replicas check fmt demo bench proto constraints up down clean
+.PHONY: help test test-faults test-replicas test-compose check fmt demo bench proto constraints up down clean
 BIN := .venv/bin
 SOURCES := kvstore_server kvstore_client kernels proto/generate.py deploy tests
 # Every target first makes what it needs: .venv with the extra in the stamp's name, again when these change.
@@ -21,6 +21,10 @@ test-faults: $(DEV) ## kills and other faults, many times, and a table of what c
 
 test-replicas: $(DEV) ## three replicas, Redis, an S3 server and Envoy, on loopback: replicas are killed under load
 	@KVSTORE_TIER=F OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -n 0 --timeout 0 tests/faults/test_replica_kills.py $(ARGS)
+
+test-compose: $(DEV) ## the real `docker compose up` on a private Docker, as root (ARGS="-k minimal" for one stack)
+	@eval "$$($(BIN)/python -m pip config list | $(BIN)/python deploy/pip_settings.py)" && \
+	KVSTORE_TIER=F OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -n 0 --timeout 0 tests/compose $(ARGS)
 
 check: $(DEV) ## lint, types, protocol, size and import rules
 	$(BIN)/ruff check $(SOURCES)
