@@ -1,5 +1,6 @@
 """One private Docker for all of these tests, what they found, and proof that nothing of it is left."""
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 
@@ -33,6 +34,7 @@ def tell() -> Callable[[str, object], None]:
 @pytest.fixture(scope="session")
 def private_docker(tell: Callable[[str, object], None]) -> Iterator[None]:
     """A daemon with every image of the stack, and this process on the loopback that its containers share."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end as on Ctrl-C, and take everything down
     progress("fetching Docker")
     fetch()
     try:
