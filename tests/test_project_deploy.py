@@ -18,7 +18,7 @@ class Compose(yaml.SafeLoader):
     """Reads compose's own tag for what replaces an earlier file's part."""
 
 
-Compose.add_constructor("!override", lambda loader, node: loader.construct_mapping(node, deep=True))
+Compose.add_constructor("!override", Compose.construct_yaml_map)
 FILES = [ROOT / "docker-compose.yml", *sorted((ROOT / "deploy").glob("compose.*.yml"))]
 STACKS = {file.name: yaml.load(file.read_text(), Compose)["services"] for file in FILES}
 COMPOSE = STACKS["docker-compose.yml"]

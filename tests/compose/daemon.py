@@ -30,6 +30,12 @@ def docker(*arguments: str | Path, timeout: float = 60.0, stdin: IO[bytes] | Non
     return run("docker", *arguments, timeout=timeout, env=ENVIRONMENT, stdin=stdin)
 
 
+def remove_volumes() -> None:
+    """Every one but that of compiled code."""
+    if names := set(docker("volume", "ls", "--quiet").split()) - {"kvstore_cache"}:
+        docker("volume", "rm", *names)
+
+
 @contextmanager
 def daemon() -> Iterator[None]:
     """Running meanwhile. What an earlier one left behind, killed before it could stop, is removed first."""
@@ -47,6 +53,9 @@ def daemon() -> Iterator[None]:
             if process.poll() is not None or time.monotonic() > give_up:
                 raise RuntimeError(f"dockerd did not start:\n{(HERE / 'log').read_text()[-4000:]}")
             time.sleep(0.1)
+        if containers := docker("ps", "--all", "--quiet").split():
+            docker("rm", "--force", *containers)
+        remove_volumes()
         yield
     finally:
         process.terminate()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..project_rules import ROOT
-from .daemon import ENVIRONMENT
+from .daemon import ENVIRONMENT, remove_volumes
 from .images import torch_wheels
 from .tools import FOLDER, run
 
@@ -40,7 +40,7 @@ class Stack:
 
     @contextmanager
     def up(self) -> Iterator[None]:
-        """Started and found healthy; taken down at the end, with its volumes."""
+        """Started and found healthy; taken down at the end, with every volume but the one of compiled code."""
         try:
             self.start()
             yield
@@ -48,7 +48,8 @@ class Stack:
             print(self.compose("ps", "--all"), self.compose("logs", "--tail=40"), flush=True)
             raise
         finally:
-            self.compose("--profile=*", "down", "--volumes", "--remove-orphans", timeout=DOWN_SECONDS)
+            self.compose("--profile=*", "down", "--remove-orphans", timeout=DOWN_SECONDS)
+            remove_volumes()
 
     def start(self) -> None:
         self.compose("up", "--detach", "--wait", "--wait-timeout", str(UP_SECONDS), timeout=UP_SECONDS + 60)
