@@ -1,6 +1,7 @@
 """The example settings and the compose files say what the server understands, and open no port to other machines."""
 
 import json
+import shutil
 import subprocess
 
 import pytest
@@ -11,6 +12,7 @@ from kvstore_server.config import ENV_PREFIX, load
 from .envoy_server import binary
 from .project_rules import ROOT
 
+KUBECTL = shutil.which("kubectl")
 KUSTOMIZATION = yaml.safe_load((ROOT / "deploy" / "kustomization.yaml").read_text())
 
 
@@ -77,6 +79,18 @@ def test_kubernetes_objects_are_of_their_schemas() -> None:
     broken = {**objects[1], "spec": {**objects[1]["spec"], "replica": 3}}
     with pytest.raises(validate.ValidationError):
         validate.validate(broken, "1.36", strict=True)
+
+
+@pytest.mark.skipif(KUBECTL is None, reason="no kubectl on PATH")
+def test_kustomize_makes_objects_of_their_schemas() -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate (PyPI) is not installed")
+    assert KUBECTL is not None
+    command = [KUBECTL, "kustomize", ROOT / "deploy"]
+    made = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    objects = list(yaml.safe_load_all(made))
+    assert len(objects) == len(kubernetes_objects()) + len(KUSTOMIZATION["configMapGenerator"])
+    for each in objects:
+        validate.validate(each, "1.36", strict=True)
 
 
 def test_kubernetes_objects_name_each_other_rightly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """One private Docker for all of these tests, what they found, and proof that nothing of it is left."""
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -35,10 +36,12 @@ def tell() -> Callable[[str, object], None]:
 def private_docker(tell: Callable[[str, object], None]) -> Iterator[None]:
     """A daemon with every image of the stack, and this process on the loopback that its containers share."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end as on Ctrl-C, and take everything down
+    assert os.geteuid() == 0, "a Docker daemon needs the superuser"
     progress("fetching Docker")
     fetch()
     try:
         with daemon():
+            assert leftovers(), "the daemon that runs is not seen"
             progress(f"making {BASE} of Debian's packages")
             build_base()
             wanted = images(Stack("deploy/compose.s3.yml"))
