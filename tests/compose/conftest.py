@@ -10,7 +10,7 @@ import pytest
 from .daemon import daemon, docker, leftovers
 from .images import BASE, build_base, build_standins
 from .loopback import loopback
-from .stack import BUILD_SECONDS, Stack, images
+from .stack import BUILD_SECONDS, LOGS, Stack, images
 from .tools import fetch
 
 ROWS: list[tuple[str, str]] = []
@@ -69,3 +69,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(
         "stand-ins: Debian's Python, Redis and Prometheus, PyPI's Envoy, moto for MinIO; Grafana is left out"
     )
+    terminalreporter.write_line(f"logs: {LOGS}")

@@ -14,6 +14,8 @@ from .daemon import ENVIRONMENT, remove_volumes
 from .images import torch_wheels
 from .tools import FOLDER, run
 
+LOGS = FOLDER / "stack.log"
+"""Of the stack that was last."""
 UP_SECONDS, BUILD_SECONDS, DOWN_SECONDS = 300, 1800, 120
 
 
@@ -40,14 +42,12 @@ class Stack:
 
     @contextmanager
     def up(self) -> Iterator[None]:
-        """Started and found healthy; taken down at the end, with every volume but the one of compiled code."""
+        """Started and found healthy; taken down at the end, with every volume but the one of compiled code. Logs are kept."""
         try:
             self.start()
             yield
-        except BaseException:
-            print(self.compose("ps", "--all"), self.compose("logs", "--tail=40"), flush=True)
-            raise
         finally:
+            LOGS.write_text(self.compose("ps", "--all") + self.compose("logs", "--timestamps"))
             self.compose("--profile=*", "down", "--remove-orphans", timeout=DOWN_SECONDS)
             remove_volumes()
 
