@@ -42,7 +42,7 @@ class Stack:
 
     @contextmanager
     def up(self) -> Iterator[None]:
-        """Started and found healthy; taken down at the end, with every volume but the one of compiled code. Logs are kept."""
+        """Started and healthy; taken down at the end, with every volume but that of compiled code. Its logs are kept."""
         try:
             self.start()
             yield
