@@ -57,6 +57,17 @@ def test_the_server_understands_its_environment_in_every_stack(over: str, monkey
     assert settings.drain_seconds < grace
 
 
+@pytest.mark.parametrize("over", STACKS)
+def test_what_is_run_is_what_is_built(over: str) -> None:
+    images = {COMPOSE[name]["image"] for name in ("keys", "kvstore", "loadtest")}
+    assert images == {COMPOSE["kvstore"]["image"]}
+    replaced = {
+        name: service["image"] for name, service in STACKS[over].items() if "remote-kv" in service.get("image", "")
+    }
+    assert len(set(replaced.values())) <= 1
+    assert len(replaced) in (0, 3)
+
+
 def test_every_file_that_the_stack_mounts_is_there() -> None:
     services = [service for stack in STACKS.values() for service in stack.values()]
     mounts = [mount for service in services for mount in service.get("volumes", []) if mount.startswith("./")]

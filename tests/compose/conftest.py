@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from .daemon import daemon, docker, leftovers
+from .daemon import daemon, leftovers
 from .images import BASE, build_base, build_standins
 from .loopback import loopback
-from .stack import BUILD_SECONDS, LOGS, Stack, images
+from .stack import LOGS, Stack, images
 from .tools import fetch
 
 ROWS: list[tuple[str, str]] = []
@@ -34,7 +34,7 @@ def tell() -> Callable[[str, object], None]:
 
 @pytest.fixture(scope="session")
 def private_docker(tell: Callable[[str, object], None]) -> Iterator[None]:
-    """A daemon with every image of the stack, and this process on the loopback that its containers share."""
+    """A daemon with every image that is pulled elsewhere, and this process on the loopback that containers share."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end as on Ctrl-C, and take everything down
     assert os.geteuid() == 0, "a Docker daemon needs the superuser"
     progress("fetching Docker")
@@ -44,13 +44,7 @@ def private_docker(tell: Callable[[str, object], None]) -> Iterator[None]:
             assert leftovers(), "the daemon that runs is not seen"
             progress(f"making {BASE} of Debian's packages")
             build_base()
-            wanted = images(Stack("deploy/compose.s3.yml"))
-            build_standins(wanted, progress)
-            name = wanted["kvstore"]
-            progress(f"building {name}")
-            Stack().compose("build", timeout=BUILD_SECONDS)
-            size, base = (int(docker("image", "inspect", "--format={{.Size}}", image)) for image in (name, BASE))
-            tell(f"image {name}", f"{(size - base) / 1e6:,.0f} MB over its base")
+            build_standins(images(Stack("deploy/compose.s3.yml")), progress)
             with loopback():
                 yield
     finally:

@@ -42,7 +42,7 @@ class Stack:
 
     @contextmanager
     def up(self) -> Iterator[None]:
-        """Started and healthy; taken down at the end, with every volume but that of compiled code. Its logs are kept."""
+        """Started and healthy; taken down at the end, with every volume but that of compiled code. Logs are kept."""
         try:
             self.start()
             yield
@@ -52,7 +52,9 @@ class Stack:
             remove_volumes()
 
     def start(self) -> None:
-        self.compose("up", "--detach", "--wait", "--wait-timeout", str(UP_SECONDS), timeout=UP_SECONDS + 60)
+        """Builds what has changed."""
+        waiting = ("--wait", "--wait-timeout", str(UP_SECONDS))
+        self.compose("up", "--detach", "--build", *waiting, timeout=BUILD_SECONDS + UP_SECONDS)
 
     def containers(self, *services: str) -> list[dict[str, Any]]:
         """What `docker inspect` says of every one, those that have ended included."""

@@ -20,12 +20,13 @@ from ..monitoring.test_dashboards import exercise, expressions
 from ..monitoring.test_prometheus import ask
 from .daemon import docker
 from .loopback import REPLICAS
-from .stack import Stack, kill, service, until
+from .stack import Stack, images, kill, service, until
 
 pytestmark = [only_in_the_whole_suite, pytest.mark.root, pytest.mark.slow]
 Tell = Callable[[str, object], None]
 ENVOY, PROMETHEUS_PORT = "127.0.0.1:7700", 9090
 KILLS = 4
+CODE_BYTES_MAX = 16 << 20
 BACK_SECONDS = SCRAPED_SECONDS = 180.0
 ONCE = {"secrets", "keys"}
 """Services that end when they are done."""
@@ -38,9 +39,19 @@ def stack(private_docker: None, tell: Tell) -> Iterator[Stack]:
     stack = Stack()
     begun = time.monotonic()
     with stack.up(), pytest.MonkeyPatch.context() as patch:
-        tell("docker compose up --wait", f"{time.monotonic() - begun:.0f} s")
+        tell("docker compose up --build --wait", f"{time.monotonic() - begun:.0f} s")
         patch.setenv("KVSTORE_API_KEY", stack.key())
         yield stack
+
+
+def test_the_image_is_little_more_than_what_it_needs(stack: Stack, tell: Tell) -> None:
+    """Apart from torch and numba: the code is a layer of its own, so that a change of it sends no more than that."""
+    name = images(stack)["kvstore"]
+    layers = [int(size) for size in docker("history", "--human=false", "--format={{.Size}}", name).split()]
+    assert layers[0] < CODE_BYTES_MAX
+    tell(
+        f"image {name}", f"{layers[1] / 1e6:,.0f} MB of dependencies and {layers[0] / 1e6:.1f} MB of code over its base"
+    )
 
 
 def test_every_service_is_healthy_and_has_no_more_rights_than_it_needs(stack: Stack, tell: Tell) -> None:
