@@ -25,5 +25,5 @@ USER 101
 # Takes MinIO's command line, as far as deploy/compose.s3.yml uses it, and its root's name and password for any.
 FROM pip AS minio
 COPY s3_server.py /
-RUN install -d -o 1000 -g 1000 /data \
+RUN install -d /data \
     && printf '#!/bin/sh\nexec python /s3_server.py 9000 $(ls /data)\n' > /usr/local/bin/minio && chmod +x /usr/local/bin/minio
