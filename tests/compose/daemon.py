@@ -68,7 +68,7 @@ def daemon() -> Iterator[None]:
 
 
 def leftovers() -> list[str]:
-    """Processes and mounts of the daemon's folder."""
+    """Processes and mounts of the tests' folder."""
     return [f"process {number}" for number in _processes()] + [f"mount {path}" for path in _mounts()]
 
 
@@ -90,28 +90,20 @@ def clean() -> None:
 
 def _mounts() -> list[str]:
     with open("/proc/self/mounts") as mounts:
-        return [path for line in mounts if (path := line.split()[1]).startswith(f"{HERE}/")]
+        return [path for line in mounts if (path := line.split()[1]).startswith(f"{FOLDER}/")]
 
 
 def _processes() -> list[int]:
-    """Of dockerd, containerd and its shims, which name the folder, and of all that they started."""
+    """Of programs that lie in the folder, or for which it is the root, and all that they started."""
     parents: dict[int, int] = {}
     found: set[int] = set()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdecimal() or int(entry.name) == os.getpid():
-            continue
+    for entry in Path("/proc").glob("[0-9]*"):
         try:
-            stat, command = (entry / "stat").read_text(), (entry / "cmdline").read_text()
-        except OSError:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if any(os.readlink(entry / link).startswith(f"{FOLDER}/") for link in ("exe", "root")):
+                found.add(int(entry.name))
+        except OSError:  # it has ended, or is the kernel's own
             continue
-        number = int(entry.name)
-        parents[number] = int(stat.rpartition(")")[2].split()[1])
-        program = Path(command.partition("\0")[0]).name
-        if str(HERE) in command and program in ("dockerd", "containerd", "containerd-shim-runc-v2", "setpriv"):
-            found.add(number)
-    grown = True
-    while grown:
-        children = {number for number, parent in parents.items() if parent in found} - found
-        found |= children
-        grown = bool(children)
+    while more := {number for number, parent in parents.items() if parent in found} - found:
+        found |= more
     return sorted(found)

