@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help test test-faults test-replicas test-security soak check fmt demo bench proto constraints up down clean
+.PHONY: help test test-faults test-replicas test-security soak test-compose check fmt demo bench proto constraints up down clean
 BIN := .venv/bin
 SOURCES := kvstore_server kvstore_client kernels proto/generate.py deploy tests
 # Every target first makes what it needs: .venv with the extra in the stamp's name, again when these change.
@@ -28,6 +28,10 @@ test-security: $(DEV) $(FUZZ) ## callers, tenants, secrets, 10,000 fuzzed calls,
 
 soak: $(DEV) ## 20 minutes of mixed load, and whether memory and all else stays flat (ARGS="--minutes 60 --out FILE.png")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.main $(ARGS)
+
+test-compose: $(DEV) ## the real `docker compose up` on a private Docker, as root (ARGS="-k minimal" for one stack)
+	@eval "$$($(BIN)/python -m pip config list | $(BIN)/python deploy/pip_settings.py)" && \
+	KVSTORE_TIER=F OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -n 0 --timeout 0 tests/compose $(ARGS)
 
 check: $(DEV) ## lint, types, protocol, size and import rules
 	$(BIN)/ruff check $(SOURCES)

@@ -125,18 +125,22 @@ class Faulty:
         return []
 
 
-def _serve() -> None:
+def _serve(port: str = "0", *buckets: str) -> None:
     import logging
 
+    from moto.core.models import DEFAULT_ACCOUNT_ID
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from moto.s3.models import s3_backends
     from werkzeug.serving import WSGIRequestHandler, make_server
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     WSGIRequestHandler.protocol_version = "HTTP/1.1"  # or every request would take a connection of its own
-    server = make_server("127.0.0.1", 0, Faulty(DomainDispatcherApplication(create_backend_app)), threaded=True)
+    for bucket in buckets:
+        s3_backends[DEFAULT_ACCOUNT_ID]["aws"].create_bucket(bucket, CREDENTIALS["AWS_REGION"])
+    server = make_server("127.0.0.1", int(port), Faulty(DomainDispatcherApplication(create_backend_app)), threaded=True)
     print(server.port, flush=True)
     server.serve_forever()
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(*sys.argv[1:])

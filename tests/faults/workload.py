@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvstore_client import AsyncKVStoreClient, ChannelOptions, GrpcTransport, Session
+from kvstore_client.access import access_to
 from kvstore_codecs.spec import RAW, ModelShape
 
 from .tally import Row
@@ -107,7 +108,7 @@ async def work_through(
     chance = random.Random(seed)
     crew = [Worker(f"w{number}", chance.randrange(2**32)) for number in range(workers)]
     stop = asyncio.Event()
-    transport = GrpcTransport(target, RECONNECT) if isinstance(target, str) else None
+    transport = GrpcTransport(target, RECONNECT, access_to(target)) if isinstance(target, str) else None
     try:
         async with AsyncKVStoreClient(target, transport=transport) as client:
             running = asyncio.gather(*(worker.run(client, stop) for worker in crew))
