@@ -1,5 +1,6 @@
 .DEFAULT_GOAL := help
-.PHONY: help test test-faults test-replicas check fmt demo bench proto constraints up down clean
+.PHONY: help test test-faults test-replicas test-local check fmt demo bench bench-scale-out proto constraints up down \
+  up-local down-local clean
 BIN := .venv/bin
 SOURCES := kvstore_server kvstore_client kernels proto/generate.py deploy tests
 # Every target first makes what it needs: .venv with the extra in the stamp's name, again when these change.
@@ -21,6 +22,10 @@ test-faults: $(DEV) ## kills and other faults, many times, and a table of what c
 
 test-replicas: $(DEV) ## three replicas, Redis, an S3 server and Envoy, on loopback: replicas are killed under load
 	@KVSTORE_TIER=F OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -n 0 --timeout 0 tests/faults/test_replica_kills.py $(ARGS)
+
+test-local: $(DEV) ## `make up-local` used, watched, a replica killed under load, taken down: nothing lost, nothing left
+	@deploy/programs.sh redis-server prometheus
+	@KVSTORE_TIER=F OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -n 0 --timeout 0 tests/local $(ARGS)
 
 check: $(DEV) ## lint, types, protocol, size and import rules
 	$(BIN)/ruff check $(SOURCES)
@@ -55,6 +60,13 @@ up: ## the whole service in containers, on loopback
 
 down: ## stop them; the data stays
 	docker compose down
+
+up-local: $(DEV) ## the same without containers: plain processes, on loopback (ARGS="--replicas 3 --store s3")
+	@deploy/programs.sh redis-server prometheus || true
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.local up $(ARGS)
+
+down-local: $(DEV) ## stop them, from another terminal; their data goes, unless up-local had --data FOLDER
+	@$(BIN)/python -m tests.local down
 
 clean: ## remove .venv and caches
 	rm -rf .venv build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -26,8 +26,8 @@ App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 class S3Server:
     """Where the server is; `bucket` makes a new one."""
 
-    def __init__(self, endpoint: str) -> None:
-        self.endpoint = endpoint
+    def __init__(self, endpoint: str, pid: int) -> None:
+        self.endpoint, self.pid = endpoint, pid
 
     def bucket(self) -> str:
         """The url of a new, empty bucket."""
@@ -52,7 +52,9 @@ def s3_server() -> Generator[S3Server]:
 
     command = [sys.executable, "-S", "-c", DIE_WITH_PARENT, sys.executable, __file__]
     with contextlib.ExitStack() as stack:
-        process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        process = stack.enter_context(
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        )
         stack.callback(process.kill)
         for name, value in (
             ("AWS_ACCESS_KEY_ID", "test"),
@@ -64,7 +66,7 @@ def s3_server() -> Generator[S3Server]:
         port = process.stdout.readline().strip()
         if not port:
             raise RuntimeError("the S3 server did not start")
-        yield S3Server(f"http://127.0.0.1:{port}")
+        yield S3Server(f"http://127.0.0.1:{port}", process.pid)
 
 
 @contextlib.contextmanager
