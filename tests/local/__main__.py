@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -38,16 +39,16 @@ def up(
     prometheus_port: Annotated[int, typer.Option(help="0 takes a free one")] = 9090,
 ) -> None:
     """Start everything, say what runs where, and stop it all on Ctrl-C, SIGTERM or `down`."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
     with _only_one() as folder:
+        stop = Stop()
         plan = Plan(folder, replicas, store, data and data.absolute(), envoy_port, prometheus_port)
         try:
             console.print("starting; where replicas never ran, half a minute goes into compiling")
             with Stack(plan, console.print) as stack:
                 _list(stack)
                 console.print(f"logs: {os.path.relpath(FOLDER)}; Ctrl-C or `make down-local` takes it down")
-                _watch(stack)
+                stop.starting = False
+                _watch(stack, stop.asked)
         except KeyboardInterrupt:
             pass
         except RuntimeError as error:
@@ -91,9 +92,22 @@ def _only_one() -> Generator[Path]:
         try:
             yield FOLDER
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_IGN)
             shutil.rmtree(FOLDER)
+
+
+class Stop:
+    """Signals that end it. What starts is interrupted by the first one, what watches and stops by none."""
+
+    def __init__(self) -> None:
+        self.asked, self.starting = threading.Event(), True
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self.asked.set()
+        if self.starting:
+            self.starting = False
+            raise KeyboardInterrupt
 
 
 def _holder() -> int | None:
@@ -119,13 +133,15 @@ def _list(stack: Stack) -> None:
     console.print(table)
 
 
-def _watch(stack: Stack) -> NoReturn:
-    """Replicas that end are started again, as compose does; RuntimeError when that is in vain."""
-    for _ in range(RESTARTS_MAX):
-        while not stack.restart_what_died():
-            time.sleep(LOOK_SECONDS)
-        (FOLDER / "parts.json").write_text(json.dumps([asdict(part) for part in stack.parts()]))
-    raise RuntimeError(f"replicas have ended {RESTARTS_MAX} times")
+def _watch(stack: Stack, stop: threading.Event) -> None:
+    """Until `stop`. Replicas that end are started again, as compose does; RuntimeError when that is in vain."""
+    restarts = 0
+    while not stop.wait(LOOK_SECONDS):
+        if stack.restart_what_died():
+            restarts += 1
+            (FOLDER / "parts.json").write_text(json.dumps([asdict(part) for part in stack.parts()]))
+        if restarts > RESTARTS_MAX:
+            raise RuntimeError(f"replicas have ended {restarts} times")
 
 
 def _fail(text: str) -> NoReturn:
