@@ -46,6 +46,10 @@ demo: $(DEMO) ## one shared context, two workers, a restart, on a real model (AR
 bench: $(DEV) ## the measured numbers of the README
 	@$(BIN)/kvstore bench ops $(ARGS)
 
+bench-scale-out: $(DEV) ## 1, 2 and 3 replicas behind Envoy, what operations ask of Redis and the store, what 100 would
+	@deploy/programs.sh redis-server
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.local.scale_out $(ARGS)
+
 proto: $(DEV) ## generate the protobuf code again
 	$(BIN)/python proto/generate.py
 

@@ -4,6 +4,7 @@ moto looks for a name before it creates it, and lists while it changes, without 
 """
 
 import contextlib
+import json
 import os
 import secrets
 import subprocess
@@ -11,10 +12,12 @@ import sys
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, Literal
 
 FAULT_PATH = "/_fault/"
+COUNTS_PATH = "/_counts"
 Fault = Literal["none", "refuse", "lose", "hang", "overwrite", "unlisted"]
 """`refuse` answers 503; `lose` does what is asked and answers 503; `hang` answers late; `overwrite` ignores the
 condition of a create; `unlisted` leaves out what was put."""
@@ -39,10 +42,14 @@ class S3Server:
         """The next `times` requests meet this fault."""
         self._ask("POST", f"{FAULT_PATH}{fault}/{times}")
 
-    def _ask(self, method: str, path: str) -> None:
+    def counts(self) -> Counter[str]:
+        """Requests since the start by method (LIST apart from GET), and `put_bytes`."""
+        return Counter(json.loads(self._ask("GET", COUNTS_PATH)))
+
+    def _ask(self, method: str, path: str) -> bytes:
         request = urllib.request.Request(self.endpoint + path, method=method)
         with urllib.request.urlopen(request, timeout=10) as reply:
-            reply.read()
+            return reply.read()
 
 
 @contextlib.contextmanager
@@ -89,6 +96,7 @@ class Faulty:
         self._app = app
         self._changing = threading.Lock()
         self._fault, self._left = "none", 0
+        self._counts = Counter[str]()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
@@ -96,6 +104,9 @@ class Faulty:
             self._fault, times = path.removeprefix(FAULT_PATH).split("/")
             self._left = int(times)
             return self._answer(start_response, "200 OK")
+        if path == COUNTS_PATH:
+            return self._answer(start_response, "200 OK", json.dumps(self._counts).encode())
+        self._count(environ)
         fault = self._next_fault()
         if fault == "hang":
             time.sleep(HANG_SECONDS)
@@ -111,6 +122,12 @@ class Faulty:
             return self._answer(start_response, "503 Slow Down")
         return self._real(environ, start_response)
 
+    def _count(self, environ: dict[str, Any]) -> None:
+        method = "LIST" if "list-type" in environ["QUERY_STRING"] else environ["REQUEST_METHOD"]
+        self._counts[method] += 1
+        if method == "PUT":
+            self._counts["put_bytes"] += int(environ.get("CONTENT_LENGTH") or 0)
+
     def _next_fault(self) -> str:
         self._left -= 1
         return self._fault if self._left >= 0 else "none"
@@ -122,9 +139,9 @@ class Faulty:
         return self._app(environ, start_response)
 
     @staticmethod
-    def _answer(start_response: Callable[..., Any], status: str) -> list[bytes]:
-        start_response(status, [("Content-Length", "0")])
-        return []
+    def _answer(start_response: Callable[..., Any], status: str, body: bytes = b"") -> list[bytes]:
+        start_response(status, [("Content-Length", str(len(body)))])
+        return [body]
 
 
 def _serve() -> None:

@@ -3,7 +3,7 @@
 import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Literal
@@ -33,6 +33,8 @@ class Plan:
     """0 takes a free one."""
     prometheus_port: int | None = 0
     """None: without Prometheus."""
+    settings: Mapping[str, str] = field(default_factory=dict[str, str])
+    """KVSTORE__SECTION__KEY of the replicas, besides those that this process has."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,10 @@ class Stack:
         opened.callback(self.redis.stop)
         self.redis.wait(REDIS_SECONDS_MAX)
         self._ready("Redis", self.redis.address)
-        store, environment = str(plan.data or plan.folder / "store"), {}
+        store, environment = str(plan.data or plan.folder / "store"), {**plan.settings}
         if plan.store == "s3":
             self.s3 = opened.enter_context(s3_server())  # before the forge, which hands the credentials on
-            store, environment = self.s3.bucket(), {"KVSTORE__STORAGE__ENDPOINT": self.s3.endpoint}
+            store, environment["KVSTORE__STORAGE__ENDPOINT"] = self.s3.bucket(), self.s3.endpoint
             self._ready("S3 server", self.s3.endpoint)
         forge = Forge()
         opened.callback(forge.close)
