@@ -87,7 +87,7 @@ class Stack:
         self.replicas = Replicas(plan.replicas, forge, (store, "--index", index), environment, plan.folder)
         opened.callback(self._stop_replicas)
         self.replicas.start()
-        self._ready(f"{plan.replicas} replicas", ", ".join(self.replicas.targets))
+        self._ready("replicas", ", ".join(self.replicas.targets))
         self.envoy = opened.enter_context(envoy(plan.folder, self.replicas.targets, plan.envoy_port))
         self._ready("Envoy", self.envoy.address)
         if plan.prometheus_port is not None and PROMETHEUS is None:

@@ -1,8 +1,8 @@
 """A real Prometheus with the repository's settings scrapes a real server."""
 
 import asyncio
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +22,10 @@ async def test_prometheus_scrapes_every_series_that_dashboards_and_alerts_read(t
     async with serving(tmp_path / "store", listen=listen, quality={"sample_share": 1.0}, sweep_seconds=0.5) as server:
         assert server.web is not None
         with prometheus(tmp_path / "prometheus", [f"127.0.0.1:{server.web.port}"], every_seconds=1) as program:
-            asked = partial(asyncio.to_thread, ask, program.address)
+
+            async def asked(path: str, **parameters: str) -> Any:
+                return await asyncio.to_thread(ask, program.address, path, **parameters)
+
             missing = wanted
             async with asyncio.timeout(SCRAPED_SECONDS):
                 while missing:
