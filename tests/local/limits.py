@@ -6,14 +6,16 @@ from math import ceil
 
 from kvstore_codecs.named import codec_named, shape_named
 from kvstore_codecs.size import bytes_per_token
+from kvstore_server.config import Settings
+from kvstore_server.monitoring.roll import PERIOD_SECONDS
 
 from .work import APPEND, CHANGE, IDLE, LIST, PAGE_SESSIONS, READ, SET, USE, Work
 
 PREFIX_WRITES_MAX, PREFIX_READS_MAX = 3_500.0, 5_500.0
 """Requests a second that Amazon S3 promises for each prefix (its user guide, "Best practices design patterns")."""
-SWEEP_SECONDS = 11.25
-"""Between a replica's sweeps by default, on average."""
-ROLL_COMMANDS = 0.4
+SWEEP_SECONDS = 0.75 * Settings.model_fields["sweep_seconds"].default
+"""Between a replica's sweeps, on average."""
+ROLL_COMMANDS = 2 / PERIOD_SECONDS
 """A second, of each replica: it says that it lives and asks who else does."""
 MODEL, CODEC = "llama-3.1-8b", "rotated:4"
 REPLICAS_MAX = 1 << 20
@@ -66,14 +68,14 @@ def demand(work: Mapping[str, Work], ceilings: Mapping[str, float], replica: Rep
     """
     append, used, idle = work[APPEND], work[USE], work[IDLE]
     appends, in_use = replicas * replica.appends, replicas * replica.in_use
-    pages = replicas * (ceil(replicas * replica.stored / PAGE_SESSIONS) + 1) / SWEEP_SECONDS
+    sweeps, pages = replicas / SWEEP_SECONDS, replicas * replica.stored / PAGE_SESSIONS
     rolls = replicas * ROLL_COMMANDS
     return Demand(
         replicas=replicas,
         attends=replicas * replica.attends,
         appends=appends,
-        redis_requests=appends * append.scripts + pages + rolls,
-        redis_busy=appends * append_seconds(work, ceilings) + pages / ceilings[LIST] + rolls / ceilings[SET],
+        redis_requests=appends * append.scripts + sweeps * (ceil(pages) + 1) + rolls,
+        redis_busy=appends * append_seconds(work, ceilings) + sweeps * pages / ceilings[LIST] + rolls / ceilings[SET],
         store_writes=appends * append.puts,
         store_reads=appends * append.reads + in_use * used.reads + replicas * idle.reads,
         store_bytes=appends * replica.append_tokens * bytes_per_token(codec_named(CODEC), shape_named(MODEL)),

@@ -59,7 +59,8 @@ def _capacity(replicas: int, seconds: float, console: Console) -> Capacity:
         result, _, _ = asyncio.run(measure(load, [Slo.parse(SLO)], console, find_capacity=True))
         steps = [metric(each, "kvstore_attend_steps_total") for each in stack.replicas.metrics]
     p50, p99 = (result.total.percentiles[name] for name in ("p50", "p99"))
-    assert result.passed, "answers were wrong"
+    if not result.passed:
+        raise RuntimeError(f"{replicas} replicas keep {SLO} at no rate, or answer wrongly: {result.facts}")
     return Capacity(replicas, result.achieved_rate, p50, p99, max(steps) / sum(steps), result.facts["checked"])
 
 
