@@ -1,6 +1,7 @@
 """Wires the parts together, serves, and drains."""
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -207,6 +208,8 @@ async def serve(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await server.start()
+    gc.collect()
+    gc.freeze()  # what has been imported is not looked through again and again while answers wait
     ends = [asyncio.ensure_future(event.wait()) for event in (stop, server.failed)]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -242,8 +245,9 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-        # A stream that nobody reads yet, as of a caller who will be refused, takes no more than this.
-        ("grpc.http2.lookahead_bytes", 1 << 20),
+        # A stream that nobody reads yet, as of a caller who will be refused, takes no more than this: two of the
+        # messages that appends come in, for with less they wait for one another.
+        ("grpc.http2.lookahead_bytes", 4 << 20),
         ("grpc.http2.bdp_probe", 0),
         # Only identity: gRPC inflates a compressed message before its size is checked.
         ("grpc.compression_enabled_algorithms_bitset", 1),

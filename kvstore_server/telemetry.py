@@ -44,6 +44,7 @@ class Telemetry:
         self._tenants = self._counter("kvstore_tenant_calls", "Calls by hashed tenant and code", "tenant", "grpc_code")
 
         self._steps = self._counter("kvstore_attend_steps", "Steps of Attend streams by code", "code")
+        self._step_ok = self._steps.labels("OK")
         self._step_seconds = self._histogram(
             "kvstore_attend_step_seconds", "From a step's arrival to its answer", SECONDS
         )
@@ -59,6 +60,7 @@ class Telemetry:
         self._queue = self._histogram("kvstore_queue_seconds", "That work waited for the device", SECONDS, "lane")
         self._run = self._histogram("kvstore_run_seconds", "Of one run of the device", SECONDS, "lane")
         self._items = self._histogram("kvstore_run_items", "Pieces of work that one run answered", BATCH_ITEMS, "lane")
+        self._lanes: dict[str, tuple[Histogram, Histogram, Histogram]] = {}
 
         self._error = self._histogram(
             "kvstore_quality_relative_error", "Of attention, to the exact one, sampled", ERRORS, "codec"
@@ -85,7 +87,7 @@ class Telemetry:
 
     def step(self, code: str, seconds: float) -> None:
         """One step of an Attend stream was answered."""
-        self._steps.labels(code).inc()
+        (self._step_ok if code == "OK" else self._steps.labels(code)).inc()
         self._step_seconds.observe(seconds)
 
     def appended(self, spec: CodecSpec, tokens: int, raw_bytes: int, stored_bytes: int) -> None:
@@ -96,11 +98,13 @@ class Telemetry:
 
     def ran(self, lane: str, queued_seconds: Sequence[float], seconds: float) -> None:
         """One run of the device, for pieces of work that had waited so long."""
-        queue = self._queue.labels(lane)
+        if lane not in self._lanes:  # looking labels up takes longer than observing
+            self._lanes[lane] = self._queue.labels(lane), self._run.labels(lane), self._items.labels(lane)
+        queue, run, items = self._lanes[lane]
         for waited in queued_seconds:
             queue.observe(waited)
-        self._run.labels(lane).observe(seconds)
-        self._items.labels(lane).observe(len(queued_seconds))
+        run.observe(seconds)
+        items.observe(len(queued_seconds))
 
     def attended(self, codec: str, relative_error: float, lse_error: float) -> None:
         """One sampled answer of Attend, beside the exact one."""

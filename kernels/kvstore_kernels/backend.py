@@ -23,6 +23,18 @@ Stored = Any
 """Rows in host memory; a backend with `paging` also reads what its device holds: SignPages, and DenseRows there."""
 
 
+class Replayed(Protocol):
+    """A result that is on its way."""
+
+    def __call__(self) -> Attended:
+        """Waits for it."""
+        ...
+
+    def ready(self) -> bool:
+        """Whether it is there."""
+        ...
+
+
 class Backend(Protocol):
     """The ops of one device. Query head h reads KV head h // (Hq / H); a wrong shape is a ValueError that names it.
 
@@ -83,6 +95,19 @@ class Backend(Protocol):
         With `noise` the variances of q's logits come too. `kept` belongs to exactly these parts: a backend keeps in it
         what makes the next call cheaper.
         """
+        ...
+
+    def attend_again(
+        self,
+        q: Tensor,
+        *,
+        sm_scale: float,
+        logit_soft_cap: float,
+        debias: float,
+        noise: ScoreNoise | None,
+        kept: dict[Any, Any],
+    ) -> Replayed | None:
+        """What `attend_all` begins for the parts of `kept`, if that takes no more than a launch; None otherwise."""
         ...
 
     def attend_refined(
@@ -176,6 +201,9 @@ class ReferenceBackend:
         out, lse = states[0] if len(states) == 1 else merge_states(states)
         attended = out.to(q.dtype), lse, None if noise is None else noise.variance(q)
         return lambda: attended
+
+    def attend_again(self, q: Tensor, **_: Any) -> Replayed | None:
+        return None
 
     def decode(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Tensor:
         return self._decode(rows).to(dtype)

@@ -46,7 +46,7 @@ class DeviceSession:
 
 
 class DeviceMemory:
-    """One slab and a staging area. Only the device thread calls it.
+    """One slab and a staging area. Only who may launch work calls it.
 
     Host rows stay where they are, so a session leaves the device by giving its pages back. One that does not fit beside
     none is streamed: a layer is brought into the staging area for each query, unless it is there already.
@@ -81,6 +81,17 @@ class DeviceMemory:
             return self._streamed(resident, layer, end).blocks(resident, start, end, levels)
         self.counts["loaded_bytes"] += session.layers[layer].load(resident, end)
         return session.layers[layer].blocks(resident, start, end, levels)
+
+    def at_hand(
+        self, resident: ResidentSession, layer: int, start: int, end: int, levels: dict[Kind, int]
+    ) -> Blocks | None:
+        """As `blocks`, if they were asked for before and lie there still; None otherwise."""
+        self._forget_gone()
+        session = self._sessions.get(id(resident))
+        if session is None or session.end < end:
+            return None
+        session.used = next(self._clock)
+        return session.layers[layer].at_hand(start, end, levels)
 
     def prefetch(self, resident: ResidentSession, layer: int, end: int) -> None:
         """Loads one layer ahead of its first query; does nothing for a session that has to be streamed."""

@@ -111,12 +111,16 @@ class DeviceLayer:
 
     def blocks(self, resident: ResidentSession, start: int, end: int, levels: dict[Kind, int]) -> Blocks:
         """Positions [start, end), all loaded: exact ones first, then sketched ones. The same ones until rows move."""
-        key = (start, end, *levels.values())
-        if key not in self._views:
+        view = self.at_hand(start, end, levels)
+        if view is None:
             while len(self._views) >= VIEWS_MAX:
                 del self._views[next(iter(self._views))]
-            self._views[key] = Blocks(self._blocks(resident, start, end, levels))
-        return self._views[key]
+            view = self._views[start, end, *levels.values()] = Blocks(self._blocks(resident, start, end, levels))
+        return view
+
+    def at_hand(self, start: int, end: int, levels: dict[Kind, int]) -> Blocks | None:
+        """What `blocks` answers, if it was asked before."""
+        return self._views.get((start, end, *levels.values()))
 
     def _blocks(self, resident: ResidentSession, start: int, end: int, levels: dict[Kind, int]) -> list[Block]:
         border = min(max(_border(resident, end), start), end)

@@ -5,12 +5,14 @@ reads the stream, and its answer comes back as a callback.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 from typing import TypeAlias
+
+from torch import Tensor
 
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_server.errors import DeadlineExceeded, InvalidArgument, NotFound, ResourceExhausted
@@ -18,10 +20,12 @@ from kvstore_server.limits import Limits
 from kvstore_server.rpc import convert
 from kvstore_server.rpc.status import code_name, status_of
 from kvstore_server.sessions.model import AttendAnswer, Query
-from kvstore_server.sessions.querying import Querying
+from kvstore_server.sessions.querying import Prepared, Querying
 from kvstore_server.telemetry import Telemetry
 
 BUSY_RETRY_SECONDS = 0.01
+PREPARED_MAX = 1024
+"""Kinds of items that a stream remembers: a few for each layer of each session."""
 Answers: TypeAlias = "asyncio.Future[AttendAnswer] | asyncio.Future[list[AttendAnswer]]"
 
 
@@ -44,6 +48,7 @@ class AttendStream:
         self._telemetry = telemetry
         self._querying, self._limits, self._tenant, self._draining = querying, limits, tenant, draining
         self._bound: dict[int, tuple[str, str]] = {}
+        self._prepared: dict[Hashable, Prepared] = {}
         self._steps: dict[int, StepInFlight] = {}
         self._bytes = 0
         self._heard = monotonic()
@@ -107,6 +112,8 @@ class AttendStream:
                 raise InvalidArgument("bind.handle", f"more than {limit} handles on one stream", limit=limit)
             generation = bind.generation if bind.HasField("generation") else None
             info = await self._querying.bind(self._tenant, bind.session, generation)
+            if self._bound.get(bind.handle) != (info.name, info.generation):
+                self._prepared.clear()
             self._bound[bind.handle] = (info.name, info.generation)
             return pb.AttendResponse(handle=bind.handle, bound=pb.AttendBound(session=convert.session_to(info)))
         except Exception as error:
@@ -129,14 +136,55 @@ class AttendStream:
 
     def _answers_of(self, step: pb.AttendStep, deadline: float) -> Answers:
         """One answer, or one an item; only items of sessions that are not loaded need a task."""
-        debias = step.debias if step.HasField("debias") else None
         convert.chosen(convert.LSE_FACTORS, step.lse_base, "step.lse_base")
-        answers = [
-            self._querying.attend_loaded(self._tenant, query, debias, deadline)
-            or asyncio.ensure_future(self._querying.attend(self._tenant, query, debias, deadline))
-            for query in self._queries(step)
-        ]
-        return answers[0] if len(answers) == 1 else asyncio.gather(*answers)
+        q = convert.tensor_from(step.q, "step.q", dims=3)
+        items = step.items
+        rows = [item.rows for item in items]
+        if not rows or min(rows) < 1 or sum(rows) != q.shape[0]:
+            raise InvalidArgument("step.items", f"rows {rows[:8]} do not add up to q's {q.shape[0]}")
+        if len(rows) == 1:
+            return self._answer_of(step, items[0], q, deadline)
+        for item in items:
+            self._session_of(item)
+        parts = zip(items, q.split(rows), strict=True)
+        return asyncio.gather(*(self._answer_of(step, item, part, deadline) for item, part in parts))
+
+    def _answer_of(
+        self, step: pb.AttendStep, item: pb.AttendStep.Item, q: Tensor, deadline: float
+    ) -> "asyncio.Future[AttendAnswer]":
+        """Steps differ in their numbers; what they ask is checked once, until the session changes."""
+        debias = step.debias if step.HasField("debias") else None
+        precision = step.precision.SerializeToString()
+        asked = item.handle, item.end, q.shape, q.dtype, step.layer, step.head_offset, step.refine, debias, precision
+        prepared = self._prepared.get(asked)
+        if prepared is not None:
+            answer = self._querying.attend_prepared(self._tenant, prepared, q, deadline)
+            if answer is not None:
+                return answer
+        query = Query(
+            *self._session_of(item),
+            layer=step.layer,
+            end=item.end,
+            q=q,
+            head_offset=step.head_offset,
+            precision=convert.precision_from(step.precision),
+            refine=step.refine,
+        )
+        prepared = self._querying.prepare(self._tenant, query, debias)
+        if prepared is not None:
+            while len(self._prepared) >= PREPARED_MAX:
+                del self._prepared[next(iter(self._prepared))]
+            self._prepared[asked] = prepared
+            answer = self._querying.attend_prepared(self._tenant, prepared, q, deadline)
+            if answer is not None:
+                return answer
+        return asyncio.ensure_future(self._querying.attend(self._tenant, query, debias, deadline))
+
+    def _session_of(self, item: pb.AttendStep.Item) -> tuple[str, str]:
+        """Name and generation."""
+        if item.handle not in self._bound:
+            raise NotFound("HANDLE_NOT_BOUND", f"handle {item.handle} is not bound", handle=item.handle)
+        return self._bound[item.handle]
 
     def _admit(self, step: pb.AttendStep) -> None:
         limits = self._limits
@@ -199,25 +247,3 @@ class AttendStream:
                 self._heard = monotonic()
                 self._idle.set()
         return flying
-
-    def _queries(self, step: pb.AttendStep) -> list[Query]:
-        """One query per item: its rows of q, its session by handle."""
-        q = convert.tensor_from(step.q, "step.q", dims=3)
-        rows = [item.rows for item in step.items]
-        if not rows or any(count < 1 for count in rows) or sum(rows) != q.shape[0]:
-            raise InvalidArgument("step.items", f"rows {rows[:8]} do not add up to q's {q.shape[0]}")
-        for item in step.items:
-            if item.handle not in self._bound:
-                raise NotFound("HANDLE_NOT_BOUND", f"handle {item.handle} is not bound", handle=item.handle)
-        return [
-            Query(
-                *self._bound[item.handle],
-                layer=step.layer,
-                end=item.end,
-                q=part,
-                head_offset=step.head_offset,
-                precision=convert.precision_from(step.precision),
-                refine=step.refine,
-            )
-            for item, part in zip(step.items, [q] if len(rows) == 1 else q.split(rows), strict=True)
-        ]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -33,12 +34,6 @@ EXPONENTS = {
     torch.bfloat16: (np.uint16, np.uint16(0x7F80)),
 }
 """Unsigned integers of a dtype's size, and the bits that are all set in NaN and Inf alone."""
-UPPER_EXPONENTS = {
-    dtype: bytes(byte & mask == mask for byte in range(256))
-    for dtype, mask in ((torch.float32, 0x7F), (torch.float16, 0x7C), (torch.bfloat16, 0x7F))
-}
-"""For each upper byte whether those of these bits that it holds are all set."""
-SMALL_BYTES = 64 << 10
 FLOATS: tuple[pb.Dtype.ValueType, ...] = (pb.DTYPE_FLOAT32, pb.DTYPE_FLOAT16, pb.DTYPE_BFLOAT16)
 DTYPE_NAMES: dict[int, Literal["float32", "float16", "bfloat16"]] = {
     pb.DTYPE_FLOAT32: "float32",
@@ -75,33 +70,19 @@ def chosen(names: Mapping[int, T], number: int, field: str) -> T:
 
 def tensor_from(message: pb.Tensor, field: str, dims: int) -> Tensor:
     """A float tensor of `dims` dimensions, finite, sharing the message's bytes where it can."""
-    if message.dtype not in FLOATS:
+    number, shape, data = message.dtype, tuple(message.shape), message.data
+    if number not in FLOATS:
         raise InvalidArgument(f"{field}.dtype", "must be float32, float16 or bfloat16")
-    if len(message.shape) != dims or any(not 1 <= size <= 2**31 for size in message.shape):
-        raise InvalidArgument(f"{field}.shape", f"{list(message.shape)[:8]} does not have {dims} positive dimensions")
-    dtype = DTYPES[message.dtype]
-    count = 1
-    for size in message.shape:
-        count *= size
-    data = message.data
-    if len(data) != count * dtype.itemsize:
-        raise InvalidArgument(f"{field}.data", f"{len(data)} bytes instead of {count * dtype.itemsize}")
-    if not _finite(data, dtype):
-        raise InvalidArgument(field, "holds NaN or Inf")
-    return torch.frombuffer(bytearray(data), dtype=dtype).view(tuple(message.shape))
-
-
-def _finite(data: bytes, dtype: torch.dtype) -> bool:
-    """Whether no exponent is all ones.
-
-    The upper bytes of a few rows are looked at first, without numpy: it would let go of the interpreter for that long
-    and wait for it after.
-    """
-    width, upper = dtype.itemsize, UPPER_EXPONENTS[dtype]
-    if len(data) <= SMALL_BYTES and b"\1" not in data[width - 1 :: width].translate(upper):
-        return True
+    if len(shape) != dims or min(shape) < 1 or max(shape) > 2**31:
+        raise InvalidArgument(f"{field}.shape", f"{list(shape[:8])} does not have {dims} positive dimensions")
+    dtype = DTYPES[number]
+    size = prod(shape) * dtype.itemsize
+    if len(data) != size:
+        raise InvalidArgument(f"{field}.data", f"{len(data)} bytes instead of {size}")
     bits, exponent = EXPONENTS[dtype]
-    return not ((np.frombuffer(data, bits) & exponent) == exponent).any()
+    if (np.frombuffer(data, bits) & exponent).max() == exponent:
+        raise InvalidArgument(field, "holds NaN or Inf")
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
 
 
 def tensor_to(tensor: Tensor) -> pb.Tensor:
@@ -117,7 +98,7 @@ def _bytes_of(tensor: Tensor) -> bytes:
 def fill_tensor(message: pb.Tensor, parts: Sequence[Tensor]) -> None:
     """Tensors of one dtype, one after another along their first dimension."""
     message.dtype = DTYPE_NUMBERS[parts[0].dtype]
-    message.shape.extend((sum(len(part) for part in parts), *parts[0].shape[1:]))
+    message.shape.extend((sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
     message.data = b"".join(map(_bytes_of, parts))
 
 
@@ -129,8 +110,10 @@ def fill_attended(result: pb.AttendResult, answers: Sequence[AttendAnswer], lse_
     result.lse_base = lse_base or pb.LSE_BASE_E
     result.lse_layout = pb.LSE_LAYOUT_TOKEN_MAJOR
     for answer in answers:
-        fidelity = fidelity_to(answer.fidelity)
-        result.items.add(generation=answer.generation, length=answer.length, fidelity=fidelity)
+        item = result.items.add()
+        item.generation = answer.generation
+        item.length = answer.length
+        _fill_fidelity(item.fidelity, answer.fidelity)
 
 
 def shape_from(message: pb.ModelShape) -> ModelShape:
@@ -247,13 +230,19 @@ def precision_from(message: pb.Precision) -> Precision:
 
 
 def fidelity_to(fidelity: Fidelity) -> pb.Fidelity:
-    return pb.Fidelity(
-        codec=fidelity.codec,
-        codec_fingerprint=fidelity.codec_fingerprint,
-        precision=pb.Precision(keys_level=fidelity.precision.keys_level, values_level=fidelity.precision.values_level),
-        score_stderr=fidelity.score_stderr,
-        exact=fidelity.exact,
-    )
+    message = pb.Fidelity()
+    _fill_fidelity(message, fidelity)
+    return message
+
+
+def _fill_fidelity(message: pb.Fidelity, fidelity: Fidelity) -> None:
+    """Field by field, which takes a third of the time of making messages and copying them."""
+    message.codec = fidelity.codec
+    message.codec_fingerprint = fidelity.codec_fingerprint
+    message.precision.keys_level = fidelity.precision.keys_level
+    message.precision.values_level = fidelity.precision.values_level
+    message.score_stderr = fidelity.score_stderr
+    message.exact = fidelity.exact
 
 
 def _refused(field: str, error: ValidationError) -> InvalidArgument:

@@ -18,6 +18,8 @@ class Later(Generic[T_co]):
     """What `wait()` returns once the device has it; it blocks, without holding up other threads."""
 
     wait: Callable[[], T_co]
+    ready: Callable[[], bool] = lambda: False
+    """Whether the device has it, where that can be asked."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,14 @@ class Outcome:
 
 
 def settle(outcomes: Sequence[Outcome]) -> None:
-    """Answers callers from another thread, those of one event loop by one call into it."""
+    """Answers callers from any thread, those of another's event loop by one call into it."""
+    here = asyncio._get_running_loop()  # None, rather than an error, where none runs
     loops = {outcome.done.get_loop() for outcome in outcomes}
     for loop in loops:
         own = [outcome for outcome in outcomes if outcome.done.get_loop() is loop]
+        if loop is here:
+            _set(own)
+            continue
         with suppress(RuntimeError):  # a closed loop has nobody waiting
             loop.call_soon_threadsafe(_set, own)
 

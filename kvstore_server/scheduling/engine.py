@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Any, Literal, TypeVar
 
 from kvstore_server.errors import DeadlineExceeded, ResourceExhausted, Unavailable
-from kvstore_server.scheduling.completion import Completions, Later, Outcome, settle, settle_all
+from kvstore_server.scheduling.completion import AHEAD_MAX, Completions, Later, Outcome, settle, settle_all
 
 T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741
@@ -18,6 +18,11 @@ Lane = Literal["query", "encode"]
 RETRY_AFTER_SECONDS = 0.05
 TOGETHER_MAX = 64
 """Pieces of work that one run takes: its scratch memory grows with them."""
+AT_ONCE_MAX = 8
+"""Runs that event loops have begun and that are unfinished."""
+LOOK_SECONDS = 0.002
+"""How long a loop looks for a run's end whenever it has nothing else to do; from then on every so often."""
+LOOK_AGAIN_SECONDS = 0.0002
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Work:
     """On time.monotonic()'s clock."""
     done: "asyncio.Future[Any]"
     queued_at: float
+    at_once: "Callable[[list[Any]], Later[Sequence[Any]] | None] | None" = None
+    """As `run`, if no more than a launch is needed; None otherwise."""
 
 
 class Engine:
@@ -39,6 +46,10 @@ class Engine:
     The two lanes alternate when both wait: a long append delays a query by at most one piece of encoding, and a flood
     of queries cannot starve appends. At most `waiting_max` pieces wait in a lane; more are refused. Queries of one key
     that wait at the same time are run together; nothing ever waits for others to come.
+
+    Where the device only has to be told to repeat what it has done before, an event loop does that itself while the
+    device thread launches nothing, and looks for the result between its other work: waking a thread and being woken by
+    it would take longer than the launch.
 
     An error for which `is_fatal` holds means that the device is lost: it and all work after it answer Unavailable, and
     `on_fatal` is called once, on a thread of the engine. `ran` hears of every run, also there: its lane, the seconds
@@ -57,6 +68,10 @@ class Engine:
         self._is_fatal, self._on_fatal, self._ran = is_fatal, on_fatal, ran
         self._lanes: dict[Lane, deque[Work]] = {"query": deque(), "encode": deque()}
         self._wake = threading.Condition()
+        self._launching = threading.Lock()
+        """Held by whoever gives the device work."""
+        self._at_once = Counter[Hashable]()
+        """Unfinished runs that event loops began, by key."""
         self._open = True
         self.runs = 0
         self.run_items = 0
@@ -78,14 +93,20 @@ class Engine:
         return await self._add(lane, None, alone, None, deadline)
 
     def run_together(
-        self, key: Hashable, item: I, work: Callable[[list[I]], Sequence[T] | Later[Sequence[T]]], deadline: float
+        self,
+        key: Hashable,
+        item: I,
+        work: Callable[[list[I]], Sequence[T] | Later[Sequence[T]]],
+        deadline: float,
+        at_once: Callable[[list[I]], Later[Sequence[T]] | None] | None = None,
     ) -> "asyncio.Future[T]":
         """`item`'s part of `work(items)`, whose items are those of this key that wait when the device is free.
 
-        `work` may return what the device has still to finish; it must be the same function for equal keys. Otherwise
-        as `run`, except that a full lane is refused at once and no task is needed to wait.
+        `work` may return what the device has still to finish; it must be the same function for equal keys. `at_once`
+        is called on the caller's event loop and answers None where `work` has to be called after all. Otherwise as
+        `run`, except that a full lane is refused at once and no task is needed to wait.
         """
-        return self._add("query", item, work, key, deadline)
+        return self._add("query", item, work, key, deadline, at_once)
 
     @property
     def waiting(self) -> int:
@@ -101,8 +122,18 @@ class Engine:
         self._completions.close(timeout_seconds)
 
     def _add(
-        self, lane: Lane, item: Any, run: Callable[[list[Any]], Any], key: Hashable, deadline: float
+        self,
+        lane: Lane,
+        item: Any,
+        run: Callable[[list[Any]], Any],
+        key: Hashable,
+        deadline: float,
+        at_once: Callable[[list[Any]], Any] | None = None,
     ) -> "asyncio.Future[Any]":
+        done = asyncio.get_running_loop().create_future()
+        work = Work(item, run, key, deadline, done, monotonic(), at_once)
+        if at_once is not None and not self._lanes[lane] and self._open and self._begin([work]):
+            return done
         with self._wake:
             if not self._open:
                 raise Unavailable("DRAINING", "the device engine is closed")
@@ -113,9 +144,9 @@ class Engine:
                     RETRY_AFTER_SECONDS,
                     limit=self._waiting_max,
                 )
-            done = asyncio.get_running_loop().create_future()
-            self._lanes[lane].append(Work(item, run, key, deadline, done, monotonic()))
-            self._wake.notify()
+            self._lanes[lane].append(work)
+            if at_once is None or not self._at_once:
+                self._wake.notify()
         return done
 
     def _serve(self, ordered: Callable[[], AbstractContextManager[object]]) -> None:
@@ -148,19 +179,25 @@ class Engine:
             lane.extend(kept)
         return taken
 
+    @staticmethod
+    def _due(taken: list[Work], now: float) -> list[Work]:
+        """What is still wanted; the late are told."""
+        if late := [work.done for work in taken if now > work.deadline]:
+            error = DeadlineExceeded("DEADLINE", "the deadline passed before the device was free")
+            settle([Outcome(done, error=error) for done in late])
+        return [work for work in taken if not work.done.cancelled() and now <= work.deadline]
+
     def _run(self, lane: Lane, taken: list[Work]) -> None:
         now = monotonic()
-        due = [work for work in taken if not work.done.cancelled() and now <= work.deadline]
-        late = DeadlineExceeded("DEADLINE", "the deadline passed before the device was free")
-        settle([Outcome(work.done, error=late) for work in taken if now > work.deadline])
+        due = self._due(taken, now)
         if not due:
             return
-        self.runs += 1
-        self.run_items += len(due)
         waiting = [work.done for work in due]
         queued = [now - work.queued_at for work in due]
         try:
-            results = due[0].run([work.item for work in due])
+            with self._launching:
+                self._count(due)
+                results = due[0].run([work.item for work in due])
         except BaseException as error:
             self._failed(waiting, error)
             return
@@ -174,6 +211,69 @@ class Engine:
         else:  # nothing else to launch: another thread would only cost a switch
             self._finish(waiting, results)
 
+    def _count(self, due: list[Work]) -> None:
+        self.runs += 1
+        self.run_items += len(due)
+
+    def _begin(self, due: list[Work]) -> bool:
+        """Launches work of one key from its event loop; False, if that takes more than a launch or somebody else's is
+        under way."""
+        key, at_once, now = due[0].key, due[0].at_once, monotonic()
+        full = self._at_once[key] >= AHEAD_MAX or self._at_once.total() >= AT_ONCE_MAX
+        if at_once is None or full or not self._launching.acquire(blocking=False):
+            return False
+        waiting = [work.done for work in due]
+        try:
+            results = at_once([work.item for work in due])
+            if results is None:
+                return False
+            self._count(due)
+        except BaseException as error:
+            self._failed(waiting, error)
+            return True
+        finally:
+            self._launching.release()
+        self._at_once[key] += 1
+        timed = self._timed("query", [now - work.queued_at for work in due], now, results)
+        asyncio.get_running_loop().call_soon(self._look, waiting, timed, key, now)
+        return True
+
+    def _look(
+        self, waiting: "list[asyncio.Future[Any]]", results: Later[Sequence[Any]], key: Hashable, begun: float
+    ) -> None:
+        """Answers what an event loop began, if the device has it; else looks again."""
+        loop = asyncio.get_running_loop()
+        try:
+            ready = results.ready()
+        except BaseException:
+            ready = True  # waiting raises it too
+        if not ready and monotonic() < begun + LOOK_SECONDS:
+            loop.call_soon(self._look, waiting, results, key, begun)
+            return
+        if not ready:
+            loop.call_later(LOOK_AGAIN_SECONDS, self._look, waiting, results, key, begun)
+            return
+        self._at_once[key] -= 1
+        if not self._at_once[key]:
+            del self._at_once[key]
+        self._finish(waiting, results)
+        self._begin_next()
+
+    def _begin_next(self) -> None:
+        """Launches what has come meanwhile, or has the device thread do it."""
+        with self._wake:
+            lane = self._lanes["query"]
+            if not lane or lane[0].at_once is None:
+                self._wake.notify()
+                return
+            taken = self._take(lane)
+        due = self._due(taken, monotonic())
+        if due and not self._begin(due):
+            with self._wake:
+                lane.extendleft(reversed(due))
+                if not self._at_once:
+                    self._wake.notify()
+
     def _timed(
         self, lane: Lane, queued: list[float], begun: float, results: Later[Sequence[Any]]
     ) -> Later[Sequence[Any]]:
@@ -182,7 +282,7 @@ class Engine:
             self._ran(lane, queued, monotonic() - begun)
             return found
 
-        return Later(wait)
+        return Later(wait, results.ready)
 
     def _finish(self, waiting: "list[asyncio.Future[Any]]", results: Later[Sequence[Any]]) -> None:
         """Waits for the device and answers."""

@@ -22,6 +22,8 @@ from kvstore_server.sessions.live import LiveSession
 from kvstore_server.sessions.model import AttendAnswer, Fidelity, Precision
 from kvstore_server.storage.meta import Floor
 
+NOISE = "noise"
+"""What is kept with blocks of the error of their logits."""
 Fetch = Callable[[], Sequence[Tensor]]
 """Waits for results that are on their way to host memory."""
 
@@ -90,28 +92,43 @@ def full_heads(q: Tensor, head_offset: int, query_heads: int) -> Tensor:
 
 def attend(device: Device, prefix: Prefix, debias: float, items: list[Item]) -> Later[list[AttendAnswer]]:
     """Each item's attention over the prefix, all in one pass over its rows."""
-    shape = prefix.resident.shape
-    q = items[0].q if len(items) == 1 else torch.cat([item.q for item in items])
     if prefix.refine and (device.memory is not None or _is_projected(prefix)):
         prefix = prefix.finest()  # a device has no op that leaves tokens out
     blocks = device.blocks(prefix)
     noise = _noise(prefix, blocks.kept)
-    fetch = _begin(device, prefix, q, blocks, noise, debias)
+    fetch = _begin(device, prefix, _together(items), blocks, noise, debias)
+    return Later(lambda: _answers(prefix, items, fetch()))
 
-    def finish() -> list[AttendAnswer]:
-        out, lse, variances = fetch()
-        worth = _fidelities(prefix, [(len(item.q), item.heads) for item in items], variances)
-        answers, first = list[AttendAnswer](), 0
-        for item, fidelity in zip(items, worth, strict=True):
-            last = first + len(item.q)
-            own, own_lse = (out, lse) if len(items) == 1 else (out[first:last], lse[first:last])
-            if item.heads.stop - item.heads.start < shape.query_heads:
-                own, own_lse = own[:, item.heads], own_lse[:, item.heads]
-            answers.append(AttendAnswer(own, own_lse, item.live.generation, item.live.length, fidelity))
-            first = last
-        return answers
 
-    return Later(finish)
+def attend_again(device: Device, prefix: Prefix, debias: float, items: list[Item]) -> Later[list[AttendAnswer]] | None:
+    """As `attend`, if the device has only to repeat what it did before; None otherwise."""
+    if device.memory is None or prefix.refine or _is_projected(prefix):
+        return None
+    blocks = device.memory.at_hand(prefix.resident, prefix.layer, 0, prefix.end, _levels_of(prefix.precision))
+    if blocks is None or NOISE not in blocks.kept:
+        return None
+    scores = {**_logit_scale(prefix), "debias": debias}
+    fetch = device.backend.attend_again(_together(items), **scores, noise=blocks.kept[NOISE], kept=blocks.kept)
+    return None if fetch is None else Later(lambda: _answers(prefix, items, fetch()), fetch.ready)
+
+
+def _together(items: list[Item]) -> Tensor:
+    return items[0].q if len(items) == 1 else torch.cat([item.q for item in items])
+
+
+def _answers(prefix: Prefix, items: list[Item], attended: Attended) -> list[AttendAnswer]:
+    """Each item's rows and heads of what was attended for all."""
+    out, lse, variances = attended
+    worth = _fidelities(prefix, [(len(item.q), item.heads) for item in items], variances)
+    answers, first = list[AttendAnswer](), 0
+    for item, fidelity in zip(items, worth, strict=True):
+        last = first + len(item.q)
+        own, own_lse = (out, lse) if len(items) == 1 else (out[first:last], lse[first:last])
+        if item.heads.stop - item.heads.start < prefix.resident.shape.query_heads:
+            own, own_lse = own[:, item.heads], own_lse[:, item.heads]
+        answers.append(AttendAnswer(own, own_lse, item.live.generation, item.live.length, fidelity))
+        first = last
+    return answers
 
 
 def _begin(
@@ -210,16 +227,16 @@ def fidelity(prefix: Prefix, q: Tensor, heads: slice) -> Fidelity:
 
 def _noise(prefix: Prefix, kept: dict[Any, Any]) -> ScoreNoise | None:
     """Of logits over the prefix's sketched keys; None where there are none. `kept` is the prefix's."""
-    if "noise" not in kept:
+    if NOISE not in kept:
         resident, layer = prefix.resident, prefix.layer
         keys = resident.plan_of(layer, "keys")
         sketched = resident.exact_end is not None and prefix.end > resident.exact_end
-        kept["noise"] = (
+        kept[NOISE] = (
             score_noise(keys.levels[_keys_level(prefix)], resident.mean_squares(layer, prefix.end))
             if sketched and isinstance(keys, SignPlan)
             else None
         )
-    return kept["noise"]
+    return kept[NOISE]
 
 
 def _keys_level(prefix: Prefix) -> int:

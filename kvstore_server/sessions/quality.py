@@ -90,6 +90,11 @@ class Quality:
         while self.kept_bytes > self._settings.exact_bytes_max:
             self._kept.popitem(last=False)
 
+    def keeps(self, live: LiveSession, query: Query) -> bool:
+        """Whether an answer to the query could be compared."""
+        kept = self._kept.get(_key(live)) if self._kept else None
+        return kept is not None and kept.layer == query.layer and 0 < query.end <= kept.length
+
     def attended(self, live: LiveSession, query: Query, answer: AttendAnswer) -> None:
         """An answer of Attend went out."""
 
@@ -119,9 +124,9 @@ class Quality:
             await asyncio.wait({self._comparing}, timeout=SETTLE_SECONDS)
 
     def _sample(self, live: LiveSession, query: Query, compare: Callable[[Tensor, Tensor], None]) -> None:
-        kept = self._kept.get(_key(live))
-        if kept is None or kept.layer != query.layer or not 0 < query.end <= kept.length:
+        if not self.keeps(live, query):
             return
+        kept = self._kept[_key(live)]
         busy = self._comparing is not None and not self._comparing.done()
         if busy or random() >= self._settings.sample_share:  # noqa: S311
             return

@@ -1,11 +1,13 @@
 """Score, TopK, Attend and Fetch: checked against the session, computed on the device thread over one prefix."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+import weakref
+from collections.abc import AsyncIterator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from kvstore_codecs.plan import Fit
 from kvstore_codecs.projected import ProjectedRows
@@ -33,6 +35,7 @@ from kvstore_server.sessions.model import (
 from kvstore_server.sessions.quality import Quality
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.storage.keys import check_name
+from kvstore_server.storage.meta import Floor
 
 SCORE_TOKENS = 65_536
 WHOLE = (0, 0)
@@ -58,6 +61,24 @@ class Prefetched:
     generation: str
     length: int
     resident_bytes: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A query of attention that was checked and can be asked again and again, with other numbers in q.
+
+    It keeps no rows in memory.
+    """
+
+    query: Query
+    live: weakref.ref[LiveSession]
+    resident: weakref.ref[ResidentSession]
+    precision: Precision
+    """That it is read at."""
+    floor: Floor
+    debias: float
+    key: Hashable
+    """Of what one pass answers."""
 
 
 class Querying:
@@ -88,37 +109,60 @@ class Querying:
 
     async def attend(self, tenant: str, query: Query, debias: float | None, deadline: float) -> AttendAnswer:
         """One caller's rows; those of others that wait for the same prefix are answered by the same pass."""
-        return await self._attend(*await self._prepared(tenant, query, deadline), query, debias, deadline)
+        self._check_rows(query)
+        live, resident = await self._loaded(tenant, query.session, query.generation, query.end, deadline)
+        prepared = self._to_attend(live, resident, query, debias)
+        return await self._attend(live, resident, prepared, query.q, deadline)
 
-    def attend_loaded(
-        self, tenant: str, query: Query, debias: float | None, deadline: float
-    ) -> "asyncio.Future[AttendAnswer] | None":
-        """As `attend`, begun at once and without a task; None if the session has to be looked up or loaded first."""
+    def prepare(self, tenant: str, query: Query, debias: float | None) -> Prepared | None:
+        """What `attend_prepared` takes; None if the session has to be looked up or loaded first."""
         check_name("session", query.session)
+        loaded = self._registry.loaded(tenant, query.session, query.generation, query.end)
+        return None if loaded is None else self._to_attend(*loaded, query, debias)
+
+    def attend_prepared(
+        self, tenant: str, prepared: Prepared, q: Tensor, deadline: float
+    ) -> "asyncio.Future[AttendAnswer] | None":
+        """Begins to answer q of the query's shape and dtype, without a task; None if the session was touched since."""
+        query = prepared.query
         loaded = self._registry.loaded(tenant, query.session, query.generation, query.end)
         if loaded is None:
             return None
         live, resident = loaded
-        return self._attend(live, self._checked(live, resident, query), query, debias, deadline)
+        same = prepared.live() is live and prepared.resident() is resident and prepared.floor == live.state.floor
+        return self._attend(live, resident, prepared, q, deadline) if same else None
 
-    def _attend(
-        self, live: LiveSession, prefix: attention.Prefix, query: Query, debias: float | None, deadline: float
-    ) -> "asyncio.Future[AttendAnswer]":
+    def _to_attend(self, live: LiveSession, resident: ResidentSession, query: Query, debias: float | None) -> Prepared:
+        prefix = self._checked(live, resident, query)
         if debias is not None and not 0 <= debias <= 1:
             raise InvalidArgument("debias", f"{debias} is outside [0, 1]")
-        share = attention.debias_of(prefix.resident, query.layer, debias)
-        item = attention.Item(self._full(prefix, query), self._asked_heads(query), live)
+        share = attention.debias_of(resident, query.layer, debias)
+        key = prefix.key, share, query.q.dtype
+        return Prepared(query, weakref.ref(live), weakref.ref(resident), prefix.precision, prefix.floor, share, key)
+
+    def _attend(
+        self, live: LiveSession, resident: ResidentSession, prepared: Prepared, q: Tensor, deadline: float
+    ) -> "asyncio.Future[AttendAnswer]":
+        query, share = prepared.query, prepared.debias
+        prefix = attention.Prefix(resident, query.layer, query.end, prepared.precision, prepared.floor, query.refine)
+        full = attention.full_heads(q, query.head_offset, resident.shape.query_heads)
+        item = attention.Item(full, self._asked_heads(query), live)
 
         def work(items: list[attention.Item]) -> Later[list[AttendAnswer]]:
             return attention.attend(self._device, prefix, share, items)
 
-        answer = self._engine.run_together((prefix.key, share, query.q.dtype), item, work, deadline)
-        answer.add_done_callback(partial(self._answered, live, query))
+        def at_once(items: list[attention.Item]) -> Later[list[AttendAnswer]] | None:
+            return attention.attend_again(self._device, prefix, share, items)
+
+        again = None if self._device.memory is None else at_once
+        answer = self._engine.run_together(prepared.key, item, work, deadline, again)
+        if self._quality.keeps(live, query):
+            answer.add_done_callback(partial(self._answered, live, query, q))
         return answer
 
-    def _answered(self, live: LiveSession, query: Query, answer: "asyncio.Future[AttendAnswer]") -> None:
+    def _answered(self, live: LiveSession, query: Query, q: Tensor, answer: "asyncio.Future[AttendAnswer]") -> None:
         if not answer.cancelled() and answer.exception() is None:
-            self._quality.attended(live, query, answer.result())
+            self._quality.attended(live, replace(query, q=q), answer.result())
 
     async def score(self, tenant: str, query: Query, start: int, deadline: float) -> AsyncIterator[ScoreAnswer]:
         """Logits of positions [start, query.end) in pieces a message can hold."""

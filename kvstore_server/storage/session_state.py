@@ -143,8 +143,8 @@ class SessionState:
     @property
     def floor(self) -> Floor:
         """The finest level of keys and values that all of it is there at."""
-        keys, values = (max(pair) for pair in zip(self.own_floor, self.shared_floor, strict=True))
-        return keys, values
+        (keys, values), (shared_keys, shared_values) = self.own_floor, self.shared_floor
+        return max(keys, shared_keys), max(values, shared_values)
 
     def adopt(self, merged: tuple[MergedRange, ...], floor: Floor) -> None:
         """What a checkpoint says of its own appends; those that are known stay what they are and change their place."""

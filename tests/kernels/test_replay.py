@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import torch
 
-from kvstore_kernels.cuda.replay import Recording
+from kvstore_kernels.cuda.replay import Pinned, Recording
 
 
 class CopyingGraph:
@@ -14,12 +14,12 @@ class CopyingGraph:
 
     def replay(self) -> None:
         out, lse = self.recording.answer
-        out.copy_(self.recording.q + 1)
-        lse.copy_(self.recording.q.float().sum(2))
+        out.tensor.copy_(self.recording.q.tensor + 1)
+        lse.tensor.copy_(self.recording.q.tensor.float().sum(2))
 
 
 class Event:
-    def record(self) -> None:
+    def record(self, stream: object) -> None:
         pass
 
     def synchronize(self) -> None:
@@ -28,7 +28,8 @@ class Event:
 
 def recording(rows: int, dtype: torch.dtype) -> Recording:
     graph, q = CopyingGraph(), torch.zeros(rows, 2, 4, dtype=dtype)
-    made = Recording(cast(Any, graph), cast(Any, Event()), q, [torch.empty_like(q), torch.empty(rows, 2)])
+    answer = [Pinned(torch.empty_like(q)), Pinned(torch.empty(rows, 2))]
+    made = Recording(graph.replay, cast(Any, Event()), cast(Any, None), Pinned(q), answer)
     graph.recording = made
     return made
 

@@ -213,3 +213,87 @@ async def test_all_work_runs_where_the_device_orders_it() -> None:
     assert [await engine.run(entered.get, monotonic() + 10, lane) for lane in ("query", "encode")] == [True, True]
     assert not entered.get()
     engine.close(10)
+
+
+class Replaying:
+    """What a device does that repeats runs: their answers are there when `finish` is called."""
+
+    def __init__(self, known: bool = True) -> None:
+        self.known = known
+        self.launched: list[tuple[list[int], str]] = []
+        self._open: list[threading.Event] = []
+
+    def at_once(self, items: list[int]) -> Later[list[int]] | None:
+        if not self.known:
+            return None
+        self.launched.append((items, threading.current_thread().name))
+        done = threading.Event()
+        self._open.append(done)
+        return Later(lambda: [done.wait(10) and item for item in items], done.is_set)
+
+    def work(self, items: list[int]) -> list[int]:
+        self.launched.append((items, threading.current_thread().name))
+        return items
+
+    def finish(self) -> None:
+        self._open.pop(0).set()
+
+
+def ask(engine: Engine, device: Replaying, item: int) -> "asyncio.Future[int]":
+    return engine.run_together("key", item, device.work, soon(), device.at_once)
+
+
+async def test_what_is_only_repeated_is_launched_by_the_caller_and_the_rest_goes_with_the_next(engine: Engine) -> None:
+    device, here = Replaying(), threading.current_thread().name
+    asked = [ask(engine, device, item) for item in range(5)]
+    assert device.launched == [([0], here), ([1], here)], "no more than two runs of a key are ahead"
+    device.finish()
+    assert await asked[0] == 0
+    await asyncio.sleep(0)
+    assert device.launched[2:] == [([2, 3, 4], here)]
+    assert not any(each.done() for each in asked[1:])
+    device.finish()
+    device.finish()
+    assert await asyncio.gather(*asked[1:]) == [1, 2, 3, 4]
+
+
+async def test_what_is_not_known_yet_and_what_comes_while_another_launches_goes_to_the_device_thread(
+    engine: Engine,
+) -> None:
+    device = Replaying(known=False)
+    assert await ask(engine, device, 1) == 1
+    device.known = True
+    gate = threading.Event()
+    running = asyncio.create_task(engine.run(gate.wait, soon(), "encode"))
+    await asyncio.sleep(0.05)
+    asked = ask(engine, device, 2)
+    gate.set()
+    assert await asked == 2
+    assert device.launched == [([1], "kvstore-device"), ([2], "kvstore-device")]
+    await running
+
+
+async def test_waiting_work_that_a_caller_could_not_launch_goes_to_the_device_thread(engine: Engine) -> None:
+    device = Replaying()
+    asked = [ask(engine, device, item) for item in range(3)]
+    device.known = False
+    device.finish()
+    device.finish()
+    assert await asyncio.gather(*asked) == [0, 1, 2]
+    assert device.launched[2] == ([2], "kvstore-device")
+
+
+async def test_the_late_and_the_cancelled_are_not_launched_with_the_next(engine: Engine) -> None:
+    device = Replaying()
+    ahead = [ask(engine, device, item) for item in range(2)]
+    late = engine.run_together("key", 2, device.work, monotonic() - 1, device.at_once)
+    cancelled, good = ask(engine, device, 3), ask(engine, device, 4)
+    cancelled.cancel()
+    device.finish()
+    await ahead[0]
+    with pytest.raises(DeadlineExceeded):
+        await late
+    device.finish()
+    device.finish()
+    assert await good == 4
+    assert device.launched[2][0] == [4]

@@ -12,7 +12,7 @@ from kvstore_kernels import build
 from kvstore_kernels.backend import Attended, State, Stored
 from kvstore_kernels.cuda import attend, decode, dense, encode, mixed, pack_page, score, topk
 from kvstore_kernels.cuda.pages import PAGE_TOKENS, PAGE_UNIT, Pages, SignPages, page_bytes
-from kvstore_kernels.cuda.replay import Recorder
+from kvstore_kernels.cuda.replay import Answer, Recorder
 from kvstore_kernels.merge import merge_states
 from kvstore_kernels.paging import Paging
 from kvstore_kernels.shapes import check_pair, tokens_of
@@ -47,7 +47,7 @@ class CudaBackend:
         self.name = f"{device} {torch.cuda.get_device_name(device)}"
         self.paging: Paging | None = self
         self._stream = torch.cuda.Stream(device)
-        self._recorder = Recorder()
+        self._recorder = Recorder(self._stream)
 
     @on_stream
     def encode(self, x: Tensor, encoder: Encoder) -> Signs:
@@ -117,6 +117,18 @@ class CudaBackend:
             return out, lse, variances[0] if variances else None
 
         return answered
+
+    def attend_again(
+        self,
+        q: Tensor,
+        *,
+        sm_scale: float,
+        logit_soft_cap: float,
+        debias: float,
+        noise: ScoreNoise | None,
+        kept: dict[Any, Any],
+    ) -> Answer | None:
+        return self._recorder.again(kept, (sm_scale, logit_soft_cap, debias, noise is None), q)
 
     def attend_refined(
         self,
