@@ -20,7 +20,7 @@ from .stack import Plan, Stack
 from .work import SHAPE, Work, measured, metric, redis_ceilings
 
 FLEETS = (1, 3, 10, 30, 100, 300)
-WORKERS, TOKENS, FIRST_RATE = 12, 8192, 100.0
+WORKERS, TOKENS, FIRST_RATE = 9, 4096, 100.0
 SLO = "p99=100ms"
 WIDTH = 118
 
@@ -61,6 +61,7 @@ def _capacity(replicas: int, seconds: float, console: Console) -> Capacity:
     p50, p99 = (result.total.percentiles[name] for name in ("p50", "p99"))
     if not result.passed:
         raise RuntimeError(f"{replicas} replicas keep {SLO} at no rate, or answer wrongly: {result.facts}")
+    console.print(f"{replicas}: {result.achieved_rate:,.1f} steps/s, p99 {p99 * 1e3:.1f} ms")
     return Capacity(replicas, result.achieved_rate, p50, p99, max(steps) / sum(steps), result.facts["checked"])
 
 
