@@ -1,5 +1,6 @@
 .DEFAULT_GOAL := help
-.PHONY: help test test-faults test-replicas test-security soak test-compose check fmt demo bench proto constraints up down clean
+.PHONY: help test test-faults test-replicas test-security soak test-compose test-local check fmt demo bench bench-scale-out \
+  proto constraints up down up-local down-local clean
 BIN := .venv/bin
 SOURCES := kvstore_server kvstore_client kernels proto/generate.py deploy tests
 # Every target first makes what it needs: .venv with the extra in the stamp's name, again when these change.
@@ -33,6 +34,10 @@ test-compose: $(DEV) ## the real `docker compose up` on a private Docker, as roo
 	@eval "$$($(BIN)/python -m pip config list | $(BIN)/python deploy/pip_settings.py)" && \
 	KVSTORE_TIER=F OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -n 0 --timeout 0 tests/compose $(ARGS)
 
+test-local: $(DEV) ## `make up-local` used, watched, a replica killed under load, taken down: nothing lost, nothing left
+	@deploy/programs.sh redis-server prometheus
+	@KVSTORE_TIER=F OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -n 0 --timeout 0 tests/local $(ARGS)
+
 check: $(DEV) ## lint, types, protocol, size and import rules
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -52,6 +57,10 @@ demo: $(DEMO) ## one shared context, two workers, a restart, on a real model (AR
 bench: $(DEV) ## the measured numbers of the README
 	@$(BIN)/kvstore bench ops $(ARGS)
 
+bench-scale-out: $(DEV) ## 1, 2 and 3 replicas behind Envoy, what operations ask of Redis and the store, what 100 would
+	@deploy/programs.sh redis-server
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.local.scale_out $(ARGS)
+
 proto: $(DEV) ## generate the protobuf code again
 	$(BIN)/python proto/generate.py
 
@@ -66,6 +75,13 @@ up: ## the whole service in containers, on loopback
 
 down: ## stop them; the data stays
 	docker compose down
+
+up-local: $(DEV) ## the same without containers: plain processes, on loopback (ARGS="--replicas 3 --store s3")
+	@deploy/programs.sh redis-server prometheus || true
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.local up $(ARGS)
+
+down-local: $(DEV) ## stop them, from another terminal; their data goes, unless up-local had --data FOLDER
+	@$(BIN)/python -m tests.local down
 
 clean: ## remove .venv and caches
 	rm -rf .venv build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis

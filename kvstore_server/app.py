@@ -30,7 +30,7 @@ from kvstore_server.monitoring.history import History
 from kvstore_server.monitoring.page import Replica, Session, render
 from kvstore_server.monitoring.roll import Roll
 from kvstore_server.monitoring.web import Probes, Web
-from kvstore_server.redaction import Redactor, secrets_in
+from kvstore_server.redaction import Redactor, secrets_in, session_pseudonym
 from kvstore_server.rpc.admission import Admission
 from kvstore_server.rpc.authentication import Authenticator
 from kvstore_server.rpc.handlers import SERVICE, Handlers
@@ -201,9 +201,17 @@ class Server:
             gauge(f"kvstore_places_{name}", f"Places of `{name}` that are taken", lambda pool=pool: pool.held)
 
     def _page(self, replica: Replica) -> str:
-        """On a thread of the web server."""
-        entries = self.sessions.maintenance.census.largest
-        largest = [Session(each.name, each.length, each.stored_bytes, each.raw_bytes) for each in entries]
+        """On a thread of the web server, which asks nobody who they are."""
+        hidden = self.settings.identity.is_asked
+        largest = [
+            Session(
+                session_pseudonym(each.tenant, each.name) if hidden else each.name,
+                each.length,
+                each.stored_bytes,
+                each.raw_bytes,
+            )
+            for each in self.sessions.maintenance.census.largest
+        ]
         return render(replica, self._state, self._history, largest, self._roll.replicas)
 
     def _entry(self, version: str, device: str, now: float) -> ReplicaEntry:

@@ -1,4 +1,4 @@
-"""What must not be read in logs: secrets are cut out, tenants get pseudonyms."""
+"""What must not be read in logs and metrics: secrets are cut out, tenants get pseudonyms."""
 
 import os
 import re
@@ -44,3 +44,9 @@ def secrets_in(environment: Mapping[str, str] = os.environ) -> list[str]:
 def pseudonym(tenant: str) -> str:
     """Twelve hex digits: what a tenant is called in log lines and metrics. Who knows the name can compute it."""
     return sha256(f"kvstore.tenant {tenant}".encode()).hexdigest()[:12]
+
+
+def session_pseudonym(tenant: str, session: str) -> str:
+    """Its tenant's pseudonym and twelve digits of its own: what tells it from others on a page that anyone may read."""
+    own = sha256(f"kvstore.session {tenant} {session}".encode()).hexdigest()[:12]
+    return f"{pseudonym(tenant)}/{own}"

@@ -1,9 +1,5 @@
 """Envoy with the settings of deploy/envoy.yaml, before servers on loopback. It dies with the tests."""
 
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +7,8 @@ from typing import Any
 
 import yaml
 
+from .program import Program, free_port
 from .project_rules import ROOT
-from .redis_server import DIE_WITH_PARENT
 
 START_SECONDS_MAX = 60
 
@@ -38,38 +34,20 @@ def settings(listen: str, replicas: Sequence[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def envoy(folder: Path, replicas: Sequence[str]) -> Generator[str]:
-    """Where it listens."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+def envoy(folder: Path, replicas: Sequence[str], port: int = 0) -> Generator[Program]:
+    """Listening: it does so once it has asked every replica for its health. Port 0 takes a free one."""
+    port = port or free_port()
     file = folder / "envoy.yaml"
     file.write_text(yaml.safe_dump(settings(f"127.0.0.1:{port}", replicas)))
-    command = [
-        *(sys.executable, "-S", "-c", DIE_WITH_PARENT, str(binary())),
-        *("-c", str(file), "--concurrency", "1", "--disable-hot-restart", "--log-level", "error"),
-    ]
-    process = subprocess.Popen(command)
+    options = ("-c", str(file), "--concurrency", "1", "--disable-hot-restart", "--log-level", "error")
+    program = Program("Envoy", [str(binary()), *options], port, folder / "envoy.log")
     try:
-        _wait_for(port, process)
-        yield f"127.0.0.1:{port}"
+        program.wait(START_SECONDS_MAX)
+        yield program
     finally:
-        process.kill()
-        process.wait(10)
+        program.stop()
 
 
 def _address(target: str) -> dict[str, Any]:
     host, _, port = target.rpartition(":")
     return {"socket_address": {"address": host, "port_value": int(port)}}
-
-
-def _wait_for(port: int, process: "subprocess.Popen[bytes]") -> None:
-    """Envoy listens once it has asked every replica for its health."""
-    give_up = time.monotonic() + START_SECONDS_MAX
-    while time.monotonic() < give_up and process.poll() is None:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            time.sleep(0.05)
-        else:
-            return
-    raise RuntimeError("Envoy did not start")

@@ -52,11 +52,12 @@ class ServerProcess:
         self,
         data: Path | str,
         *args: str,
-        env: dict[str, str] | None = None,
+        env: Mapping[str, str] | None = None,
         forge: Forge | None = None,
         cli: Sequence[str] = CLI,
+        log: Path | None = None,
     ) -> None:
-        """Of a forge, the process is there sooner; it is the same in everything else."""
+        """Of a forge, the process is there sooner; it is the same in everything else. `log` gets what it writes."""
         arguments = [
             *("serve", "--data", str(data), "--listen", "127.0.0.1:0", "--metrics", "off", "--device", "cpu"),
             *args,
@@ -72,6 +73,7 @@ class ServerProcess:
         finally:
             os.close(writable)
         self.lines: list[str] = []
+        self._log = log
         self._queue: Queue[str | None] = Queue()
         self._reader = threading.Thread(target=self._drain_stderr, args=[readable], daemon=True)
         self._reader.start()
@@ -124,10 +126,11 @@ class ServerProcess:
                 return found[1]
 
     def _drain_stderr(self, readable: int) -> None:
-        with open(readable, errors="replace") as lines:
+        with open(readable, errors="replace") as lines, open(self._log or os.devnull, "a", buffering=1) as log:
             for line in lines:
                 self.lines.append(line)
                 self._queue.put(line)
+                log.write(line)
         self._queue.put(None)
 
 

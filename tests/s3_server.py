@@ -4,6 +4,7 @@ moto looks for a name before it creates it, and lists while it changes, without 
 """
 
 import contextlib
+import json
 import os
 import secrets
 import subprocess
@@ -11,10 +12,12 @@ import sys
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, Literal
 
 FAULT_PATH = "/_fault/"
+COUNTS_PATH = "/_counts"
 Fault = Literal["none", "refuse", "lose", "hang", "overwrite", "unlisted"]
 """`refuse` answers 503; `lose` does what is asked and answers 503; `hang` answers late; `overwrite` ignores the
 condition of a create; `unlisted` leaves out what was put."""
@@ -26,8 +29,8 @@ App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 class S3Server:
     """Where the server is; `bucket` makes a new one."""
 
-    def __init__(self, endpoint: str) -> None:
-        self.endpoint = endpoint
+    def __init__(self, endpoint: str, pid: int) -> None:
+        self.endpoint, self.pid = endpoint, pid
 
     def bucket(self) -> str:
         """The url of a new, empty bucket."""
@@ -39,10 +42,14 @@ class S3Server:
         """The next `times` requests meet this fault."""
         self._ask("POST", f"{FAULT_PATH}{fault}/{times}")
 
-    def _ask(self, method: str, path: str) -> None:
+    def counts(self) -> Counter[str]:
+        """Requests since the start by method (LIST apart from GET), and `put_bytes`."""
+        return Counter(json.loads(self._ask("GET", COUNTS_PATH)))
+
+    def _ask(self, method: str, path: str) -> bytes:
         request = urllib.request.Request(self.endpoint + path, method=method)
         with urllib.request.urlopen(request, timeout=10) as reply:
-            reply.read()
+            return reply.read()
 
 
 @contextlib.contextmanager
@@ -52,7 +59,9 @@ def s3_server() -> Generator[S3Server]:
 
     command = [sys.executable, "-S", "-c", DIE_WITH_PARENT, sys.executable, __file__]
     with contextlib.ExitStack() as stack:
-        process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        process = stack.enter_context(
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        )
         stack.callback(process.kill)
         for name, value in (
             ("AWS_ACCESS_KEY_ID", "test"),
@@ -64,7 +73,7 @@ def s3_server() -> Generator[S3Server]:
         port = process.stdout.readline().strip()
         if not port:
             raise RuntimeError("the S3 server did not start")
-        yield S3Server(f"http://127.0.0.1:{port}")
+        yield S3Server(f"http://127.0.0.1:{port}", process.pid)
 
 
 @contextlib.contextmanager
@@ -87,6 +96,7 @@ class Faulty:
         self._app = app
         self._changing = threading.Lock()
         self._fault, self._left = "none", 0
+        self._counts = Counter[str]()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
@@ -94,6 +104,9 @@ class Faulty:
             self._fault, times = path.removeprefix(FAULT_PATH).split("/")
             self._left = int(times)
             return self._answer(start_response, "200 OK")
+        if path == COUNTS_PATH:
+            return self._answer(start_response, "200 OK", json.dumps(self._counts).encode())
+        self._count(environ)
         fault = self._next_fault()
         if fault == "hang":
             time.sleep(HANG_SECONDS)
@@ -109,6 +122,12 @@ class Faulty:
             return self._answer(start_response, "503 Slow Down")
         return self._real(environ, start_response)
 
+    def _count(self, environ: dict[str, Any]) -> None:
+        method = "LIST" if "list-type" in environ["QUERY_STRING"] else environ["REQUEST_METHOD"]
+        self._counts[method] += 1
+        if method == "PUT":
+            self._counts["put_bytes"] += int(environ.get("CONTENT_LENGTH") or 0)
+
     def _next_fault(self) -> str:
         self._left -= 1
         return self._fault if self._left >= 0 else "none"
@@ -120,9 +139,9 @@ class Faulty:
         return self._app(environ, start_response)
 
     @staticmethod
-    def _answer(start_response: Callable[..., Any], status: str) -> list[bytes]:
-        start_response(status, [("Content-Length", "0")])
-        return []
+    def _answer(start_response: Callable[..., Any], status: str, body: bytes = b"") -> list[bytes]:
+        start_response(status, [("Content-Length", str(len(body)))])
+        return [body]
 
 
 def _serve(port: str = "0", *buckets: str) -> None:

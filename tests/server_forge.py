@@ -33,6 +33,7 @@ class Forge:
                 [sys.executable, __file__, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"},
+                start_new_session=True,  # an interrupt in the terminal is for who stops the servers in order
             )
 
     def start(self, arguments: list[str], environment: dict[str, str], stderr: int) -> "ForgedProcess":

@@ -1,6 +1,6 @@
 import pytest
 
-from kvstore_server.redaction import HIDDEN, Redactor, pseudonym, secrets_in
+from kvstore_server.redaction import HIDDEN, Redactor, pseudonym, secrets_in, session_pseudonym
 
 KEY = f"kvs_0123456789abcdef_{'s3cret-canary_'.ljust(43, 'x')}"
 PEM = "-----BEGIN EC PRIVATE KEY-----\ncanary\n-----END EC PRIVATE KEY-----"
@@ -47,3 +47,9 @@ def test_values_of_variables_with_secret_names_are_secret() -> None:
 def test_a_pseudonym_is_the_same_everywhere_and_not_the_name() -> None:
     assert pseudonym("acme") == "001adf7163de"
     assert pseudonym("acme") != pseudonym("acmf")
+
+
+def test_sessions_of_one_name_have_pseudonyms_of_their_own() -> None:
+    assert session_pseudonym("acme", "book").startswith("001adf7163de/")
+    shown = {session_pseudonym(tenant, name).partition("/")[2] for tenant in ("a", "b") for name in ("book", "books")}
+    assert len(shown) == 4

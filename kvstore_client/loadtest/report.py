@@ -13,6 +13,8 @@ from kvstore_client.loadtest.load import SCENARIOS
 from kvstore_client.loadtest.result import PERCENTILES, Result, Row
 from kvstore_client.loadtest.tally import Tally
 
+MINOR_LABELS_RATIO = 20
+"""Of the highest latency drawn to the lowest, from which on labels between the powers of ten would not find room."""
 NEVER = "never"
 """For a percentile beyond which requests failed."""
 
@@ -89,6 +91,7 @@ def write_hdr_log(tally: Tally, begun_unix_seconds: float, file: Path) -> None:
 def picture(result: Result) -> bytes:
     """A PNG: latency over time, and what was answered and what failed. Needs matplotlib."""
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    from matplotlib.ticker import StrMethodFormatter  # pyright: ignore[reportMissingImports]
 
     figure = Figure(figsize=(9, 5.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -98,15 +101,17 @@ def picture(result: Result) -> bytes:
         drawn = [value if isfinite(value) and value > 0 else float("nan") for value in values]
         upper.plot(at, drawn, label=label, marker=".", markersize=3, linewidth=1)
     upper.set_yscale("log")
+    upper.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    lowest, highest = upper.get_ylim()
+    upper.yaxis.set_minor_formatter(StrMethodFormatter("{x:,g}" if highest < MINOR_LABELS_RATIO * lowest else ""))
     upper.set_ylabel("ms from when it was due")
-    upper.legend(loc="upper right", fontsize=8)
     width = at[1] - at[0] if len(at) > 1 else 1.0
     lower.bar(at, [moment.answered / width for moment in result.moments], width, color="#88aacc", label="answered")
     lower.bar(at, [moment.failed / width for moment in result.moments], width, color="#cc3311", label="failed")
-    lower.legend(loc="upper right", fontsize=8)
     lower.set_ylabel("requests/s")
     lower.set_xlabel("seconds after the start at which a request was due")
     for axes in (upper, lower):
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)  # beside what is drawn
         for kill in result.kills:
             axes.axvline(kill.at_seconds, color="#cc3311", linestyle="--", linewidth=0.8)
         axes.grid(visible=True, linewidth=0.3)

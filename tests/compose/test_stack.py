@@ -24,7 +24,7 @@ from .stack import Stack, images, kill, service, until
 
 pytestmark = [only_in_the_whole_suite, pytest.mark.root, pytest.mark.slow]
 Tell = Callable[[str, object], None]
-ENVOY, PROMETHEUS_PORT = "127.0.0.1:7700", 9090
+ENVOY, PROMETHEUS = "127.0.0.1:7700", "127.0.0.1:9090"
 KILLS = 4
 CODE_BYTES_MAX = 16 << 20
 BACK_SECONDS = SCRAPED_SECONDS = 180.0
@@ -128,11 +128,11 @@ async def test_prometheus_has_every_series_that_dashboards_and_alerts_read(stack
         while missing != {"kvstore_planted"}:
             for _ in range(20):
                 await exercise(ENVOY)
-            names = await asyncio.to_thread(ask, PROMETHEUS_PORT, "/api/v1/label/__name__/values")
+            names = await asyncio.to_thread(ask, PROMETHEUS, "/api/v1/label/__name__/values")
             missing = (wanted | {"kvstore_planted"}) - set(names)
     for where, expression in expressions():
-        assert await asyncio.to_thread(ask, PROMETHEUS_PORT, "/api/v1/query", query=expression) is not None, where
-    up = await asyncio.to_thread(ask, PROMETHEUS_PORT, "/api/v1/query", query='up{job="kvstore"}')
+        assert await asyncio.to_thread(ask, PROMETHEUS, "/api/v1/query", query=expression) is not None, where
+    up = await asyncio.to_thread(ask, PROMETHEUS, "/api/v1/query", query='up{job="kvstore"}')
     assert [sample["value"][1] for sample in up["result"]] == ["1", "1"]
     tell("scraped", f"{len(wanted)} of {len(wanted)} series of {len(list(expressions()))} expressions, 2 replicas up")
 

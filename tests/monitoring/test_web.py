@@ -16,9 +16,12 @@ from prometheus_client import CollectorRegistry
 from kvstore_client import AsyncKVStoreClient
 from kvstore_codecs.named import shape_named
 from kvstore_server.config import Address
+from kvstore_server.identity.key_store import KeyStore
 from kvstore_server.monitoring.history import History
 from kvstore_server.monitoring.page import POLICY, Replica, render
 from kvstore_server.monitoring.web import Probes, Web
+from kvstore_server.redaction import session_pseudonym
+from kvstore_server.storage.local import LocalStore
 
 from ..running import serving
 
@@ -75,6 +78,21 @@ async def test_a_draining_server_is_alive_and_not_ready(tmp_path: Path) -> None:
         assert (await asyncio.to_thread(get, server.web.port, "/live"))[1] == "yes\n"
         with pytest.raises(urllib.error.HTTPError, match="503"):
             await asyncio.to_thread(get, server.web.port, "/ready")
+
+
+async def test_the_page_of_a_server_with_tenants_tells_neither_them_nor_their_sessions(tmp_path: Path) -> None:
+    key = KeyStore(LocalStore(tmp_path)).create("acme", "writer")
+    sections = {"listen": {"metrics_address": "127.0.0.1:0"}, "identity": {"api_keys": True}, "sweep_seconds": 0.2}
+    async with serving(tmp_path, **sections) as server:
+        assert server.web is not None
+        async with AsyncKVStoreClient(f"127.0.0.1:{server.port}", api_key=key) as client:
+            await client.create_session("book", shape_named("1x1x2x32"))
+        shown = f">{session_pseudonym('acme', 'book')}<"
+        async with asyncio.timeout(20):
+            while shown not in (page := await asyncio.to_thread(get, server.web.port, "/"))[1]:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+        metrics = await asyncio.to_thread(get, server.web.port, "/metrics")
+    assert [name for name in ("acme", "book") if name in page[1] + metrics[1]] == []
 
 
 def chromium(web: Web, folder: Path, *options: str) -> str:
