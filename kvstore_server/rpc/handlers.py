@@ -124,7 +124,7 @@ class Handlers:
                         async with asyncio.timeout(None if method == "Attend" else seconds):
                             yield call
                     except SlowReader as error:
-                        await _hang_up(context, error)
+                        await self._hang_up(context, error)
             except (asyncio.CancelledError, grpc.aio.AbortError):
                 outcome.code = "CANCELLED"
                 raise
@@ -169,6 +169,24 @@ class Handlers:
             if not limit.expired():
                 raise
             raise SlowReader(seconds, nothing()) from None
+
+    async def _hang_up(self, context: grpc.aio.ServicerContext, error: SlowReader) -> None:
+        """Ends the call once the client has taken the message that is under way, or is gone: gRPC cannot take it back.
+
+        So whoever does not read fills up the places of its own tenant, and not the memory. A server that stops does not
+        wait for it.
+        """
+        while not self._admission.draining.is_set():
+            try:
+                async with asyncio.timeout(HANG_UP_SECONDS):
+                    await context.write(error.nothing)  # refused at once while there is another
+            except grpc.aio.AbortError:
+                raise
+            except Exception:
+                await asyncio.sleep(HANG_UP_SECONDS)
+            else:
+                await abort(context, error)
+        raise asyncio.CancelledError
 
 
 class CallInProgress:
@@ -221,22 +239,6 @@ def deadline_seconds(context: grpc.aio.ServicerContext, limits: Limits) -> float
     """What is left for a call: the caller's deadline, the default where there is none, never beyond the longest."""
     remaining = context.time_remaining()
     return min(limits.deadline_default_seconds if remaining is None else remaining, limits.deadline_seconds_max)
-
-
-async def _hang_up(context: grpc.aio.ServicerContext, error: SlowReader) -> None:
-    """Ends the call once the client has taken the message that is under way, or is gone: gRPC cannot take it back.
-
-    So whoever does not read fills up the places of its own tenant, and not the memory.
-    """
-    while True:
-        try:
-            await context.write(error.nothing)  # refused at once while there is another
-        except grpc.aio.AbortError:
-            raise
-        except Exception:
-            await asyncio.sleep(HANG_UP_SECONDS)
-        else:
-            await abort(context, error)
 
 
 def _target(request: Any) -> str:

@@ -71,9 +71,18 @@ async def test_a_fetch_without_a_deadline_that_is_not_read_keeps_no_more_than_it
     call = stub.Fetch(pb.FetchRequest(session="s", token_end=TOKENS))
     await call.read()
     await asyncio.sleep(3)
-    print(f"held by a client that does not read: {held(server)}")
+    assert held(server) == {"fetches": 1}
     call.cancel()
     await until(lambda: not held(server))
+
+
+async def test_a_client_that_does_not_read_does_not_keep_a_server_from_stopping(server: Server, stub: Stub) -> None:
+    call = stub.Fetch(pb.FetchRequest(session="s", token_end=TOKENS))
+    await call.read()
+    await asyncio.sleep(2)
+    assert held(server) == {"fetches": 1}
+    async with asyncio.timeout(SOON_SECONDS):
+        assert await server.drain()
 
 
 async def test_a_fetch_that_is_read_slowly_but_steadily_is_answered(stub: Stub) -> None:
