@@ -48,7 +48,11 @@ class Forge:
 
     def close(self) -> None:
         self._socket.close()
-        self._process.wait(10)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:  # it is still importing
+            self._process.kill()
+            self._process.wait(10)
 
 
 class ForgedProcess:

@@ -69,7 +69,7 @@ def down() -> None:
         if time.monotonic() > give_up:
             _fail(f"process {pid} is still there after {DOWN_SECONDS_MAX:g} s; killed, it takes all along")
         time.sleep(0.1)
-    if FOLDER.exists():  # of one that was killed
+    if (FOLDER / "lock").exists():  # of one that was killed
         shutil.rmtree(FOLDER)
     console.print("down" if asked else "nothing is up")
 
@@ -83,16 +83,22 @@ def _only_one() -> Generator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             _fail(f"it is up already (process {_holder()}): make down-local")
-        for left in FOLDER.iterdir():  # by one that was killed
-            if left.name != "lock":
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        _empty()  # of what a killed one left
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         try:
             yield FOLDER
         finally:
-            shutil.rmtree(FOLDER)
+            _empty()
+            (FOLDER / "lock").unlink()  # last: without it `down` takes this for gone
+            FOLDER.rmdir()
+
+
+def _empty() -> None:
+    for left in FOLDER.iterdir():
+        if left.name != "lock":
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 class Stop:
