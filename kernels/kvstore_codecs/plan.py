@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvstore_codecs.spec import DTYPE_BYTES, KINDS, CodecSpec, Kind, ModelShape
 from kvstore_codecs.transform import Basis
-from kvstore_kernels.types import Encoder, Expansion, SignLayout
+from kvstore_kernels.types import Encoder, Expansion, SignEncoder, SignLayout
 
 FIT_TOKENS_MAX = 4096
 MEAN_CHANNELS = 64
@@ -183,6 +183,20 @@ class CodecPlan:
         dense = self.shape.kv_heads * self.shape.head_dim * DTYPE_BYTES[self.shape.dtype]
         widths = [plan.widths for plan in (*self.keys, *self.values)]
         return sum(dense if each is None else each.bytes_per_token for each in widths)
+
+    @cached_property
+    def matrix_bytes(self) -> int:
+        """Of encoders and of every level, what heads or layers share counted once."""
+        tensors = {}
+        for plan in (*self.keys, *self.values):
+            if isinstance(plan, SignPlan):
+                found = [matrix for level in plan.levels for matrix in level.matrix]
+                if isinstance(plan.encoder, SignEncoder):
+                    found += [head.projection for head in plan.encoder.heads]
+            else:
+                found = [*plan.forward, *plan.inverse] if isinstance(plan, ProjectedPlan) else []
+            tensors |= {id(tensor): tensor.nbytes for tensor in found}
+        return sum(tensors.values())
 
     def of(self, layer: int, kind: Kind) -> KindPlan:
         return (self.keys if kind == "keys" else self.values)[layer]

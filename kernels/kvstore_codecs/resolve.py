@@ -11,6 +11,7 @@ from torch import Tensor
 from kvstore_codecs.affine import affine_plan
 from kvstore_codecs.artifact import Projection
 from kvstore_codecs.fitted import FittedPlans, fitted_plans
+from kvstore_codecs.kept_plans import KeptPlans
 from kvstore_codecs.matryoshka import level_budgets
 from kvstore_codecs.plan import CodecPlan, DensePlan, Fit, KindPlan, NotFittedError, ProjectedPlan, SignPlan, digest_of
 from kvstore_codecs.qjl import level_rows, qjl_plan
@@ -31,7 +32,7 @@ from kvstore_codecs.spec import (
 )
 from kvstore_kernels.types import SignEncoder
 
-_PLANS_MAX = 64
+KEPT = KeptPlans(bytes_max=2**30, plans_max=64)
 _BASES_MAX = 256
 _BASIS_BYTES_MAX = 2**30
 
@@ -65,7 +66,6 @@ def basis_bytes(spec: CodecSpec, shape: ModelShape) -> int:
     return 4 * shape.head_dim * rows
 
 
-@lru_cache(maxsize=_PLANS_MAX)
 def plan_for(
     spec: CodecSpec, shape: ModelShape, fit: Fit | None, projections: tuple[Projection, ...] = ()
 ) -> CodecPlan:
@@ -75,8 +75,12 @@ def plan_for(
     Haar codec takes seconds. Raises as `check_spec`, NotFittedError, ValueError if the fit is of another shape or a
     projection is missing or for another model.
     """
-    check_spec(spec, shape)
     fit = fit if spec.needs_fit else None
+    return KEPT.get((spec, shape, fit, projections), lambda: _made(spec, shape, fit, projections))
+
+
+def _made(spec: CodecSpec, shape: ModelShape, fit: Fit | None, projections: tuple[Projection, ...]) -> CodecPlan:
+    check_spec(spec, shape)
     if spec.needs_fit and fit is None:
         raise NotFittedError
     expected = (shape.layers, shape.kv_heads, shape.head_dim)

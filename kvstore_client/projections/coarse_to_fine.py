@@ -16,7 +16,7 @@ from kvstore_kernels.types import DenseRows, Expansion, SignRows
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-K, OVERSAMPLING = 64, 2
+K, OVERSAMPLINGS = 64, (2, 4, 8)
 QUERIES = 8
 """The last ones of a text, one after the other."""
 
@@ -32,35 +32,43 @@ class CoarseToFine:
     bytes_read: float
 
 
-def coarse_to_fine(model: "PreTrainedModel", ids: Tensor, rows: Mapping[str, CodecRow]) -> dict[str, CoarseToFine]:
-    """Of rows that read a coarser level of their keys, on one text [1, T] in the exact model."""
+def coarse_to_fine(
+    model: "PreTrainedModel", ids: Tensor, rows: Mapping[str, CodecRow]
+) -> dict[tuple[str, int], CoarseToFine]:
+    """By row, of those that read a coarser level of keys, and oversampling; on one text [1, T] in the exact model."""
     calls: list[LayerCall] = []
     with torch.inference_mode():
         _, seen = exact_pass(model, ids.to(model.device), calls.append)
         plans = {name: row.plan(seen) for name, row in rows.items()}
-        return {
-            name: CoarseToFine(*torch.stack([_layer(call, row, plans[name]) for call in calls]).mean(0).tolist())
-            for name, row in rows.items()
-        }
+        found = {name: torch.stack([_layer(call, row, plans[name]) for call in calls]) for name, row in rows.items()}
+    return {
+        (name, oversampling): CoarseToFine(*fields.tolist())
+        for name, layers in found.items()
+        for oversampling, fields in zip(OVERSAMPLINGS, layers.mean(0), strict=True)
+    }
 
 
 def _layer(call: LayerCall, row: CodecRow, plans: CodecPlan) -> Tensor:
-    """The fields of a CoarseToFine, of one layer."""
+    """The fields of a CoarseToFine, of one layer, for each oversampling."""
     plan, ops = plans.of(call.layer, "keys"), row.backend
     assert isinstance(plan, SignPlan)
     keys = call.k[:, SINK_TOKENS : -RECENT_TOKENS - QUERIES].transpose(0, 1).cpu().contiguous()
     q = call.q[:, -QUERIES:].transpose(0, 1).cpu().contiguous()
     signs, coarse, fine = ops.encode(keys, plan.encoder), plan.levels[row.level], plan.levels[0]
     scale = {"sm_scale": call.sm_scale}
-    candidates, _ = ops.topk(ops.score(q, SignRows(signs, coarse), **scale), K * OVERSAMPLING)
-    order, _ = ops.topk(ops.score_at(q, SignRows(signs, fine), candidates, **scale), K)
-    found = candidates.gather(2, order)
-    recalls = [
-        (found.unsqueeze(3) == ops.topk(logits, K)[0].unsqueeze(2)).any(3).double().mean()
+    best = [
+        ops.topk(logits, K)[0].unsqueeze(2)
         for logits in (ops.score(q, SignRows(signs, fine), **scale), ops.score(q, DenseRows(keys), **scale))
     ]
-    read = len(keys) * _bytes(coarse) + _bytes_again(candidates, fine)
-    return torch.stack([*recalls, torch.tensor(read / (len(keys) * _bytes(fine)), dtype=torch.float64)])
+    ranked, _ = ops.topk(ops.score(q, SignRows(signs, coarse), **scale), K * max(OVERSAMPLINGS))
+    found = []
+    for candidates in (ranked[:, :, : K * oversampling] for oversampling in OVERSAMPLINGS):
+        order, _ = ops.topk(ops.score_at(q, SignRows(signs, fine), candidates, **scale), K)
+        chosen = candidates.gather(2, order).unsqueeze(3)
+        recalls = [(chosen == wanted).any(3).double().mean() for wanted in best]
+        read = len(keys) * _bytes(coarse) + _bytes_again(candidates, fine)
+        found.append(torch.stack([*recalls, torch.tensor(read / (len(keys) * _bytes(fine)), dtype=torch.float64)]))
+    return torch.stack(found)
 
 
 def _bytes(level: Expansion) -> int:

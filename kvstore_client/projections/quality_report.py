@@ -21,7 +21,7 @@ class Report:
     rows: dict[str, CodecRow]
     quality: dict[str, Quality] = field(default_factory=dict)
     needles: dict[str, dict[tuple[int, float], float]] = field(default_factory=dict)
-    coarse: dict[str, CoarseToFine] = field(default_factory=dict)
+    coarse: dict[tuple[str, int], CoarseToFine] = field(default_factory=dict)
 
     def quality_table(self) -> Table:
         table = Table(title=str(self.setting["title"]))
@@ -82,11 +82,12 @@ class Report:
         return table
 
     def coarse_table(self) -> Table | None:
-        table = Table(title="best 64 of a coarse pass with oversampling 2")
-        for heading in ("row", "recall", "recall of exact keys", "bytes read"):
+        table = Table(title="best 64 of a coarse pass")
+        for heading in ("row", "oversampling", "recall", "recall of exact keys", "bytes read"):
             table.add_column(heading, justify="left" if heading == "row" else "right")
-        for name, found in self.coarse.items():
-            table.add_row(name, f"{found.recall:.3f}", f"{found.recall_exact:.3f}", f"{found.bytes_read:.3f}")
+        for (name, oversampling), found in self.coarse.items():
+            figures = (f"{share:.3f}" for share in (found.recall, found.recall_exact, found.bytes_read))
+            table.add_row(name, str(oversampling), *figures)
         return table if self.coarse else None
 
     def write_json(self, file: Path) -> None:
@@ -100,7 +101,10 @@ class Report:
             for name, hits in self.needles.items()
             for (length, depth), share in hits.items()
         ]
-        coarse = [{"row": name, **asdict(found)} for name, found in self.coarse.items()]
+        coarse = [
+            {"row": name, "oversampling": oversampling, **asdict(found)}
+            for (name, oversampling), found in self.coarse.items()
+        ]
         report = {**self.setting, "rows": rows, "needles": needles, "coarse_to_fine": coarse}
         file.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -9,7 +9,7 @@ import torch
 from kvstore_codecs.artifact import ProjectionHeader, read_projection, write_projection
 from kvstore_codecs.basis import haar
 from kvstore_codecs.plan import ProjectedPlan
-from kvstore_codecs.resolve import plan_for
+from kvstore_codecs.resolve import KEPT
 from kvstore_codecs.spec import Matryoshka, Projected
 from kvstore_codecs.transform import Basis, banded, inverse_of
 from tests.codecs.inputs import seeded
@@ -92,7 +92,7 @@ def test_codecs_follow_from_the_bytes_of_a_basis(
     digests = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        plan_for.cache_clear()
+        KEPT.clear()
         plan = fitted_plan(codec, 64, found)
         keys = plan.of(1, "keys")
         matrices = torch.cat(keys.inverse if isinstance(keys, ProjectedPlan) else as_signs(keys).levels[0].matrix)

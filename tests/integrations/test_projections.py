@@ -196,8 +196,11 @@ def test_a_coarse_pass_over_everything_finds_everything_and_a_shorter_one_reads_
     shape, backend, known = shape_of(model), cpu_backend(), {"one": fitted(model)}
     names = ("keys:matryoshka:4@1", "keys:matryoshka:4@3")
     rows = {name: CodecRow.parse(name, shape, known, backend) for name in names}
-    fine, coarse = coarse_to_fine(model, token_ids(600), rows).values()
+    found = coarse_to_fine(model, token_ids(600), rows)
+    fine, coarse, wider = found[names[0], 2], found[names[1], 2], found[names[1], 4]
     assert coarse.recall < fine.recall <= 1
+    assert coarse.recall < wider.recall
+    assert coarse.bytes_read < wider.bytes_read
     assert coarse.bytes_read < fine.bytes_read
 
 
