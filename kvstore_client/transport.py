@@ -24,7 +24,7 @@ STATUS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """What a proxy may say in place of RetryInfo."""
 SEND_FAILED = "Internal error from Core"
-"""What grpc.aio says when a message could not be sent."""
+"""What grpc.aio says, as INTERNAL, when a message could not be sent: the connection was just lost, say."""
 STREAM_RESET = "RST_STREAM"
 """What it says, as INTERNAL, when a proxy resets a call because the server behind it is gone."""
 
@@ -206,7 +206,7 @@ def _as_error(error: aio.AioRpcError) -> KVStoreError:
 
 
 def _error_of(code: grpc.StatusCode, details: str | None, trailers: Iterable[tuple[str, str | bytes]]) -> KVStoreError:
-    if code is grpc.StatusCode.INTERNAL and STREAM_RESET in (details or ""):
+    if code is grpc.StatusCode.INTERNAL and (STREAM_RESET in (details or "") or details == SEND_FAILED):
         return Unavailable(f"the connection was lost ({details})", reason="STREAM_LOST")
     status, pushback_seconds = Status(code=code.value[0], message=details or ""), None
     for key, value in trailers or ():

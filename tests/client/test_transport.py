@@ -89,11 +89,13 @@ async def test_a_stream_that_breaks_in_the_middle_is_read_again_from_its_start(
     assert await client.get_projection("ab") == b"one two"
 
 
-async def test_a_proxy_that_lost_the_server_behind_it_is_asked_again(
-    server: ScriptedServer, client: AsyncKVStoreClient
+@pytest.mark.parametrize(
+    "said", ["Stream removed (RST_STREAM (Received RST_STREAM with error code 2))", "Internal error from Core"]
+)
+async def test_what_a_proxy_or_grpc_itself_calls_internal_when_a_server_is_lost_is_asked_again(
+    server: ScriptedServer, client: AsyncKVStoreClient, said: str
 ):
-    reset = Failure("INTERNAL", "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))")
-    server.will("GetServerInfo", reset, inputs.server_info())
+    server.will("GetServerInfo", Failure("INTERNAL", said), inputs.server_info())
     assert (await client.server_info()).version == "1.2.3"
 
 
