@@ -6,8 +6,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from kvstore_server.identity.caller import Role
+from kvstore_server.limits import Name
 from kvstore_server.section import Section
-from kvstore_server.tenants import TenantName
 
 SubjectName = Annotated[str, Field(min_length=1, max_length=2048)]
 
@@ -15,7 +15,7 @@ SubjectName = Annotated[str, Field(min_length=1, max_length=2048)]
 class CertificateHolder(Section):
     """What a client certificate stands for."""
 
-    tenant: TenantName
+    tenant: Name
     role: Role
 
 

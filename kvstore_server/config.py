@@ -30,9 +30,9 @@ from pydantic_settings import (
 
 from kvstore_codecs.spec import DEFAULT, CodecSpec
 from kvstore_server.access import Identity, Tls
-from kvstore_server.limits import Limits
+from kvstore_server.limits import Limits, Name
 from kvstore_server.section import Section
-from kvstore_server.tenants import Quota, Tenant, TenantName
+from kvstore_server.tenants import Quota, Tenant
 
 ENV_PREFIX = "KVSTORE__"
 BUCKETS = ("s3", "gs", "az")
@@ -264,7 +264,7 @@ class Settings(BaseSettings):
     memory: Memory = Memory()
     limits: Limits = Limits()
     quota: Quota = Quota()
-    tenants: dict[TenantName, Tenant] = Field(default_factory=dict)
+    tenants: dict[Name, Tenant] = Field(default_factory=dict)
     """Those that have a weight or a quota of their own."""
     quality: Quality = Quality()
     merge: Merge = Merge()

@@ -10,6 +10,8 @@ PROTOCOL_OVERHEAD_BYTES: Final = 64 << 10
 """Room in one message for everything that is not a tensor's data."""
 
 SESSION_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
+Name = Annotated[str, Field(pattern=f"^(?:{SESSION_NAME.pattern})$")]
+"""Of a tenant or a session, in settings and in what is stored."""
 """What a session may be called, for `fullmatch`. Names that start with `_` are the store's own."""
 
 Count = Annotated[int, Field(ge=1, le=2**53)]

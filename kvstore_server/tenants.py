@@ -4,10 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from kvstore_server.limits import SESSION_NAME
 from kvstore_server.section import Section
-
-TenantName = Annotated[str, Field(pattern=f"^(?:{SESSION_NAME.pattern})$")]
 
 
 class Quota(Section):

@@ -9,13 +9,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from kvstore_server.identity.caller import Role
-from kvstore_server.limits import SESSION_NAME
+from kvstore_server.limits import Name
 
 RECORD_BYTES_MAX = 4_096
 TOKEN = re.compile(r"kvs_([0-9a-f]{16})_([A-Za-z0-9_-]{43})", re.ASCII)
 """Of 64 random bits that name the key and 256 that nobody else knows."""
-
-Tenant = Annotated[str, Field(pattern=f"^(?:{SESSION_NAME.pattern})$")]
 
 
 class KeyRecord(BaseModel):
@@ -29,7 +27,7 @@ class KeyRecord(BaseModel):
     format: Literal["kvstore.key"] = "kvstore.key"
     min_reader: Literal[1] = 1
     id: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
-    tenant: Tenant
+    tenant: Name
     role: Role
     label: Annotated[str, Field(max_length=128)]
     created_unix_seconds: float

@@ -6,7 +6,7 @@ from typing import Annotated, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kvstore_server.limits import SESSION_NAME
+from kvstore_server.limits import Name
 
 REMOVED_KEPT_SECONDS = 3_600
 """How long a removed generation is remembered, so that a late put of it does not bring it back."""
@@ -15,7 +15,6 @@ REPLICA_KEPT_SECONDS = 300.0
 UNIX_SECONDS_MAX = 2.0**53
 PREFIX_CANDIDATES = 4
 
-Name = Annotated[str, Field(pattern=f"^{SESSION_NAME.pattern}$")]
 Generation = Annotated[str, Field(pattern="^[0-9]{1,15}$")]
 Whole = Annotated[int, Field(ge=0, le=2**53)]
 UnixSeconds = Annotated[float, Field(ge=0, le=UNIX_SECONDS_MAX)]

@@ -8,7 +8,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from kvstore_codecs.spec import CodecSpec, Frozen, ModelShape
 from kvstore_server.errors import DataLoss, FailedPrecondition
-from kvstore_server.limits import SESSION_NAME
+from kvstore_server.limits import Name
 from kvstore_server.storage.keys import NUMBER_DIGITS, POSITION_MAX
 from kvstore_server.storage.versions import check_readable
 
@@ -20,7 +20,6 @@ ANCESTORS_MAX = 64
 MERGED_MAX = 2048
 
 Position = Annotated[int, Field(ge=0, le=POSITION_MAX)]
-SessionName = Annotated[str, Field(pattern=f"^(?:{SESSION_NAME.pattern})$")]
 Generation = Annotated[str, Field(pattern=f"^[0-9]{{{NUMBER_DIGITS}}}$")]
 Seconds = Annotated[float, Field(gt=0)]
 Hex256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -29,7 +28,7 @@ Hex256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class Ancestor(Frozen, frozen=True):
     """Positions below `end`, from the ancestor before it on, are those of this generation of this session."""
 
-    session: SessionName
+    session: Name
     generation: Generation
     end: Position
 

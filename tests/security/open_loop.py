@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from socket import socket
 
 import grpc
 import torch
@@ -24,6 +23,7 @@ from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_server.identity.key_store import KeyStore
 from kvstore_server.storage.local import LocalStore
 
+from ..program import free_port
 from ..running import ServerProcess
 
 SHAPE = ModelShape(layers=1, kv_heads=1, query_heads=2, head_dim=32, dtype="float32", sm_scale=0.2)
@@ -132,9 +132,7 @@ async def loaded(folder: Path, tenants: list[str], settings: str = "", **env: st
     store = KeyStore(LocalStore(data))
     keys = {tenant: store.create(tenant, "writer") for tenant in tenants}
     config.write_text(f"identity: {{api_keys: true}}\n{settings}")
-    with socket() as free:
-        free.bind(("127.0.0.1", 0))
-        metrics = f"127.0.0.1:{free.getsockname()[1]}"
+    metrics = f"127.0.0.1:{free_port()}"
     arguments = ["--metrics", metrics, "--config", str(config)]
     env = {"SLOW_DEVICE_SECONDS": str(WORK_SECONDS), **env}
     server = await asyncio.to_thread(ServerProcess, data, *arguments, env=env, cli=[SLOW_DEVICE])

@@ -2,13 +2,13 @@
 
 import argparse
 import asyncio
-import socket
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 
+from ..program import free_port
 from ..running import ServerProcess
 from .gauges import sample
 from .load import Load
@@ -61,7 +61,7 @@ class Soak:
 
 async def soak(plan: Plan, folder: Path) -> Soak:
     """Raises what the load or the server's end meets."""
-    port = _free_port()
+    port = free_port()
     server = ServerProcess(folder / "data", "--metrics", f"127.0.0.1:{port}", env=SETTINGS)
     try:
         found = Soak(plan, Load(server.target, leak=plan.leak))
@@ -86,12 +86,6 @@ async def soak(plan: Plan, folder: Path) -> Soak:
 
 def _line(values: dict[str, float]) -> str:
     return ", ".join(f"{gauge} {value:,.0f}" for gauge, value in values.items())
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def main() -> int:
