@@ -11,7 +11,7 @@ from torch import Tensor
 from kvstore_codecs import projected
 from kvstore_codecs.plan import KindPlan, ProjectedPlan, SignPlan
 from kvstore_codecs.spec import KINDS, Kind
-from kvstore_kernels import Backend, DenseRows, ScoreNoise, SignRows, merge_states, score_noise
+from kvstore_kernels import Backend, DenseRows, ScoreNoise, SignRows, mean_noise, merge_states, score_noise
 from kvstore_kernels.backend import Attended
 from kvstore_kernels.cuda.pages import SignPages
 from kvstore_server.errors import FailedPrecondition
@@ -228,14 +228,12 @@ def fidelity(prefix: Prefix, q: Tensor, heads: slice) -> Fidelity:
 def _noise(prefix: Prefix, kept: dict[Any, Any]) -> ScoreNoise | None:
     """Of logits over the prefix's sketched keys; None where there are none. `kept` is the prefix's."""
     if NOISE not in kept:
-        resident, layer = prefix.resident, prefix.layer
-        keys = resident.plan_of(layer, "keys")
-        sketched = resident.exact_end is not None and prefix.end > resident.exact_end
-        kept[NOISE] = (
-            score_noise(keys.levels[_keys_level(prefix)], resident.mean_squares(layer, prefix.end))
-            if sketched and isinstance(keys, SignPlan)
-            else None
-        )
+        parts, resident, layer = list[tuple[int, ScoreNoise]](), prefix.resident, prefix.layer
+        for number, first, last in resident.sketched_ranges(0, prefix.end):
+            if isinstance(keys := resident.plan_of(layer, "keys", number), SignPlan):
+                squares = resident.mean_squares(layer, number, last)
+                parts.append((last - first, score_noise(keys.levels[_keys_level(prefix)], squares)))
+        kept[NOISE] = mean_noise(parts) if parts else None
     return kept[NOISE]
 
 

@@ -15,7 +15,7 @@ from kvstore_kernels.backend import ReferenceBackend
 from kvstore_kernels.cuda.backend import CudaBackend, open_cuda
 from kvstore_kernels.variance import ScoreNoise
 from kvstore_server.memory.device import DeviceMemory
-from kvstore_server.memory.resident import Block, ResidentSession
+from kvstore_server.memory.resident import Block, Epoch, ResidentSession
 from kvstore_server.scheduling.self_check import self_check
 from kvstore_server.sessions import attention
 from kvstore_server.sessions.model import Precision
@@ -41,7 +41,7 @@ def shape(head_dim: int = 128, heads: int = 2, group: int = 4) -> ModelShape:
 def session(spec: CodecSpec, of: ModelShape, tokens: int, backend: CudaBackend) -> ResidentSession:
     resident = ResidentSession(of, backend.pinned)
     plan = plan_for(spec, of, None)
-    resident.adopt(plan, SINKS)
+    resident.adopt([Epoch(SINKS, plan)])
     grow(resident, tokens)
     return resident
 
