@@ -1,7 +1,7 @@
 """One session's rows in host memory, as the ops read them."""
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -93,6 +93,8 @@ class ResidentSession:
     def __init__(self, shape: ModelShape, allocate: Allocate = pageable) -> None:
         self.shape = shape
         self.epochs: tuple[Epoch, ...] = ()
+        self.max_positions: Mapping[str, int] = {}
+        """Below which positions each projection, by its sha256, was calibrated."""
         self.length = 0
         self.parent: weakref.ref[ResidentSession] | None = None
         """The session that positions [0, shared_end) were forked from, if its rows were loaded too."""

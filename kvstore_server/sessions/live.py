@@ -113,6 +113,7 @@ class LiveSession:
     def loadable(self) -> ResidentSession:
         """The session's rows, as far as they are loaded, ready to take more."""
         resident = self.resident or ResidentSession(self.state.shape, self._allocate)
+        resident.max_positions = {each.sha256: each.header.max_position for each in self.projections}
         if self.fitted and len(resident.epochs) < max(1, len(self.fit_entries)):
             resident.adopt(self.epochs(resident.epochs))
         return resident
