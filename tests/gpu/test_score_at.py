@@ -1,5 +1,7 @@
 """score_at against the reference on the same sketches."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,7 +22,8 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize(("first", "cap"), [(0, 0.0), (5, 20.0)])
 def test_chosen_tokens_score_as_when_all_are(by: Expansion, first: int, cap: float) -> None:
     rows, q = sign_rows(700, by), queries(by)
-    pages, how = on_pages(rows, values=False, first=first), {"sm_scale": 0.125, "logit_soft_cap": cap}
+    pages = on_pages(rows, values=False, first=first)
+    how: dict[str, Any] = {"sm_scale": 0.125, "logit_soft_cap": cap}
     for count in (1, 64, 65, 200):
         positions = torch.randint(700, (*q.shape[:2], count), generator=torch.Generator().manual_seed(count))
         found = score_at(q, pages, positions.to(DEVICE), **how)
