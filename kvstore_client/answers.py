@@ -36,6 +36,9 @@ class Fidelity:
     score_stderr: float
     """Standard error of a logit (after sm_scale), root mean square over the sketched keys and query rows."""
     exact: bool
+    positions_beyond: int = 0
+    """The last so many positions of the prefix are beyond what the layer's projections were calibrated for: their bases
+    are worse there."""
 
     @classmethod
     def from_proto(cls, message: pb.Fidelity) -> "Fidelity":
@@ -45,6 +48,7 @@ class Fidelity:
             precision=Precision(message.precision.keys_level, message.precision.values_level),
             score_stderr=message.score_stderr,
             exact=message.exact,
+            positions_beyond=message.positions_beyond,
         )
 
 

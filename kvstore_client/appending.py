@@ -121,7 +121,10 @@ class Appender:
         by a writer that does not encode, is recognised.
         """
         try:
-            if way.encode and (sketcher := await self._ready_sketcher(way.timeout)) is not None:
+            sketcher = await self._ready_sketcher(way.timeout) if way.encode else None
+            if sketcher is not None and sketcher.begins_epoch(start, piece.tokens):
+                self._sketcher = sketcher = None
+            if sketcher is not None:
                 async with self._encoding:
                     frames = await asyncio.to_thread(sketcher.encode, piece, start)
                 header = self._header(piece, start, sum(frame.data.nbytes for frame in frames), way.chain)

@@ -18,6 +18,7 @@ from kvstore_client.info import SessionInfo
 from kvstore_client.link import Link
 from kvstore_client.wire import Frame
 from kvstore_codecs.artifact import read_projection
+from kvstore_codecs.fit import fit_is_due
 from kvstore_codecs.plan import CodecPlan
 from kvstore_codecs.resolve import plan_for
 from kvstore_codecs.sketch import KindRows, encode_kind
@@ -35,6 +36,10 @@ class Sketcher:
 
     plan: CodecPlan
     exact_end: int
+
+    def begins_epoch(self, start: int, tokens: int) -> bool:
+        """Whether the server makes a new fit of vectors [start, start + tokens)."""
+        return fit_is_due(self.plan.spec, self.plan.shape.layers, self.plan.fit, start, tokens)
 
     def encode(self, block: Block, start: int) -> list[Frame]:
         """Frames of the block whose first token is position `start`. InvalidArgument for NaN, Inf or a huge scale."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvstore_codecs.artifact import Projection
 from kvstore_codecs.plan import Fit
-from kvstore_codecs.spec import CodecSpec, Fitted, Kind
+from kvstore_codecs.spec import KINDS, CodecSpec, Fitted, Kind
 from kvstore_codecs.transform import Basis
 
 BLOCK_TOKENS = 256
@@ -71,6 +71,19 @@ def fit_basis(covariance: Tensor, metric: Tensor | None = None) -> Basis:
     weights = torch.maximum(values, WEIGHT_MIN * largest)
     matrix = vectors if half is None else half @ vectors
     return Basis(matrix.float().unsqueeze(0), weights.float().unsqueeze(0))
+
+
+def fit_is_due(spec: CodecSpec, layers: int, newest: Fit | None, start: int, tokens: int) -> bool:
+    """Whether an append of vectors [start, start + tokens) makes a fit.
+
+    The first does that brings enough tokens beyond the sinks; where bases are the session's own, another that starts at
+    twice the end of the newest fit's tokens or beyond, and brings at least half as many tokens as that is of.
+    """
+    if newest is None:
+        return spec.needs_fit and start + tokens - spec.sink_tokens >= spec.fit_tokens
+    enough = max(spec.fit_tokens, (newest.token_end - newest.token_start) // 2)
+    due = start >= 2 * newest.token_end and tokens >= enough
+    return due and any(spec.session_layers(kind, layers) for kind in KINDS)
 
 
 def fit_layer(

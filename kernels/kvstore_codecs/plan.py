@@ -198,6 +198,12 @@ class CodecPlan:
             tensors |= {id(tensor): tensor.nbytes for tensor in found}
         return sum(tensors.values())
 
+    @property
+    def own_bytes(self) -> int:
+        """`matrix_bytes` of a plan that its session shares with none, else 0."""
+        own = self.fit is not None and any(self.fit.basis_of(kind) is not None for kind in KINDS)
+        return self.matrix_bytes if own else 0
+
     def of(self, layer: int, kind: Kind) -> KindPlan:
         return (self.keys if kind == "keys" else self.values)[layer]
 

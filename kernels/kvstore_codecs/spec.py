@@ -123,6 +123,11 @@ Fitted = Matryoshka | Projected
 KindCodec = Annotated[AnyCodec, Field(discriminator="name")]
 
 
+def projection_named(codec: AnyCodec) -> str:
+    """The sha256 of the artifact that a codec's basis names, or an empty string."""
+    return codec.basis.partition(":")[2] if isinstance(codec, Fitted) else ""
+
+
 def _source(codec: AnyCodec) -> str:
     return codec.basis.partition(":")[0] if isinstance(codec, Fitted) else ""
 
@@ -187,8 +192,7 @@ class CodecSpec(Frozen, frozen=True):
     @property
     def projections(self) -> list[str]:
         """sha256 of every artifact that the codecs name, sorted."""
-        named = {codec.basis.partition(":")[2] for _, codec in self.codecs() if isinstance(codec, Fitted)}
-        return sorted(named - {""})
+        return sorted({projection_named(codec) for _, codec in self.codecs()} - {""})
 
     @property
     def needs_fit(self) -> bool:

@@ -21,7 +21,7 @@ from kvstore_kernels.types import (
     as_torch_dtype,
     plane_weights,
 )
-from kvstore_kernels.variance import ScoreNoise, alpha_columns, score_noise, sum_of_squares
+from kvstore_kernels.variance import ScoreNoise, alpha_columns, mean_noise, score_noise, sum_of_squares
 
 __all__ = [
     "STEP",
@@ -43,6 +43,7 @@ __all__ = [
     "alpha_columns",
     "as_torch_dtype",
     "cpu_backend",
+    "mean_noise",
     "merge_states",
     "open_backend",
     "pack_rows",

@@ -1,5 +1,6 @@
 """How far estimated logits are from exact ones: what every answer says of itself."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -50,6 +51,18 @@ def score_noise(expansion: Expansion, mean_squares: Tensor) -> ScoreNoise:
     if (factor := expansion.noise_factor) is not None:
         return ScoreNoise((factor * weights).sum(1))
     return ScoreNoise((expansion.noise_form * weights[..., None, None]).sum(1))
+
+
+def mean_noise(parts: Sequence[tuple[int, ScoreNoise]]) -> ScoreNoise:
+    """Of logits over the tokens of all of at least one part, which has so many."""
+    if len(parts) == 1:
+        return parts[0][1]
+    total = sum(tokens for tokens, _ in parts)
+    forms = [noise.form * (tokens / total) for tokens, noise in parts]
+    if any(form.dim() == 3 for form in forms):
+        identity = torch.eye(next(form.shape[2] for form in forms if form.dim() == 3))
+        forms = [form if form.dim() == 3 else form[:, None, None] * identity for form in forms]
+    return ScoreNoise(torch.stack(forms).sum(0))
 
 
 def score_variance(q: Tensor, expansion: Expansion, mean_squares: Tensor) -> Tensor:

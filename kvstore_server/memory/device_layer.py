@@ -1,5 +1,7 @@
 """One layer of one session on the device: exact rows in one run of the slab, sketches in pages of 256 positions."""
 
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -28,20 +30,27 @@ class Arena:
 
 
 @dataclass
-class KindOnDevice:
-    """Rows [0, row_count) in a run; sketches of positions up to `packed` in pages; the first `skipped` pages are none.
+class PagedSketches:
+    """Those of one epoch, of positions up to `packed`; the first `skipped` pages are none.
 
-    Page i of a session holds positions [256 i, 256 (i + 1)) whatever is exact, so that forks can share it.
+    Page i holds what the epoch has of positions [256 i, 256 (i + 1)), whatever is exact, so that forks can share it.
     """
 
-    run: int | None = None
-    run_bytes: int = 0
-    row_count: int = 0
     skipped: int = 0
     pages: list[int] = field(default_factory=list)
     packed: int = 0
     table: Tensor | None = None
     table_pages: int = 0
+
+
+@dataclass
+class KindOnDevice:
+    """Rows [0, row_count) in a run; sketches in pages, by the number of their epoch."""
+
+    run: int | None = None
+    run_bytes: int = 0
+    row_count: int = 0
+    sketches: defaultdict[int, PagedSketches] = field(default_factory=lambda: defaultdict(PagedSketches))
 
 
 class DeviceLayer:
@@ -56,34 +65,32 @@ class DeviceLayer:
         """Of positions [0, end) on the device."""
         total = 0
         for kind in KINDS:
-            plan, border = resident.plan_of(self._layer, kind), _border(resident, end)
-            total += _row_bytes(resident) * (border if isinstance(plan, SignPlan) else end)
-            if isinstance(plan, SignPlan) and self._paged(resident, kind):
-                total += page_bytes(plan.layout) * (-(-end // PAGE_TOKENS) - border // PAGE_TOKENS)
+            total += _row_bytes(resident) * self._row_count(resident, kind, end)
+            for _, plan, first, last in self._paged_ranges(resident, kind, end):
+                total += page_bytes(plan.layout) * (-(-last // PAGE_TOKENS) - first // PAGE_TOKENS)
         return total
 
     def reserve(self, resident: ResidentSession, end: int) -> None:
         """Takes room for positions [0, end); SlabFull leaves what it has taken so far to `release`."""
         self._views.clear()
         for kind, own in self._kinds.items():
-            plan = resident.plan_of(self._layer, kind)
-            border = _border(resident, end)
-            self._reserve_rows(resident, own, border if isinstance(plan, SignPlan) else end)
-            if isinstance(plan, SignPlan) and self._paged(resident, kind) and border < end and plan.layout.words:
-                own.skipped = border // PAGE_TOKENS
-                wanted = -(-end // PAGE_TOKENS) - own.skipped - len(own.pages)
-                if wanted > 0:
-                    own.pages += self._arena.slab.take_pages(page_bytes(plan.layout), wanted)
+            self._reserve_rows(resident, own, self._row_count(resident, kind, end))
+            for number, plan, first, last in self._paged_ranges(resident, kind, end):
+                if plan.layout.words:
+                    sketches = own.sketches[number]
+                    sketches.skipped = first // PAGE_TOKENS
+                    wanted = -(-last // PAGE_TOKENS) - sketches.skipped - len(sketches.pages)
+                    if wanted > 0:
+                        sketches.pages += self._arena.slab.take_pages(page_bytes(plan.layout), wanted)
 
     def load(self, resident: ResidentSession, end: int) -> int:
         """Brings positions [0, end), for which there is room, to the device; how many bytes that took."""
         loaded = 0
         for kind, own in self._kinds.items():
-            plan = resident.plan_of(self._layer, kind)
-            border = _border(resident, end)
-            loaded += self._load_rows(resident, own, kind, border if isinstance(plan, SignPlan) else end)
-            if isinstance(plan, SignPlan) and self._paged(resident, kind) and border < end and own.packed < end:
-                loaded += self._pack(resident, own, kind, plan, max(border, own.packed), end)
+            loaded += self._load_rows(resident, own, kind, self._row_count(resident, kind, end))
+            for number, plan, first, last in self._paged_ranges(resident, kind, end):
+                if (sketches := own.sketches[number]).packed < last:
+                    loaded += self._pack(resident, sketches, kind, plan, first, last)
         if loaded:
             self._views.clear()
         return loaded
@@ -92,25 +99,26 @@ class DeviceLayer:
         """Takes over the parent's full pages below `end`, which both only read from now on; how many."""
         taken = 0
         for kind, own in self._kinds.items():
-            theirs = parent._kinds[kind]
-            full = min(end, theirs.packed) // PAGE_TOKENS - theirs.skipped
-            if full > 0 and not own.pages:
-                own.skipped, own.pages = theirs.skipped, theirs.pages[:full]
-                own.packed = (theirs.skipped + full) * PAGE_TOKENS
-                self._arena.slab.share(own.pages)
-                taken += full
+            for number, theirs in parent._kinds[kind].sketches.items():
+                full, mine = min(end, theirs.packed) // PAGE_TOKENS - theirs.skipped, own.sketches[number]
+                if full > 0 and not mine.pages:
+                    mine.skipped, mine.pages = theirs.skipped, theirs.pages[:full]
+                    mine.packed = (theirs.skipped + full) * PAGE_TOKENS
+                    self._arena.slab.share(mine.pages)
+                    taken += full
         return taken
 
     def release(self) -> None:
         self._views.clear()
         for kind, own in self._kinds.items():
-            self._arena.slab.release(own.pages)
+            for sketches in own.sketches.values():
+                self._arena.slab.release(sketches.pages)
             if own.run is not None:
                 self._arena.slab.release_run(own.run)
             self._kinds[kind] = KindOnDevice()
 
     def blocks(self, resident: ResidentSession, start: int, end: int, levels: dict[Kind, int]) -> Blocks:
-        """Positions [start, end), all loaded: exact ones first, then sketched ones. The same ones until rows move."""
+        """Positions [start, end), all loaded: exact ones, then those of each epoch. The same ones until rows move."""
         view = self.at_hand(start, end, levels)
         if view is None:
             while len(self._views) >= VIEWS_MAX:
@@ -124,28 +132,42 @@ class DeviceLayer:
 
     def _blocks(self, resident: ResidentSession, start: int, end: int, levels: dict[Kind, int]) -> list[Block]:
         border = min(max(_border(resident, end), start), end)
-        parts = [(start, border, True), (border, end, False)]
+        exact = [(None, start, border)] if start < border else []
         return [
-            Block(first, last, *(self._rows(resident, kind, first, last, exact, levels[kind]) for kind in KINDS))
-            for first, last, exact in parts
-            if first < last
+            Block(first, last, *(self._rows(resident, kind, number, first, last, levels[kind]) for kind in KINDS))
+            for number, first, last in [*exact, *resident.sketched_ranges(start, end)]
         ]
+
+    def _row_count(self, resident: ResidentSession, kind: Kind, end: int) -> int:
+        """How many of [0, end) are kept as they are."""
+        return _border(resident, end) if isinstance(resident.plan_of(self._layer, kind), SignPlan) else end
+
+    def _paged_ranges(
+        self, resident: ResidentSession, kind: Kind, end: int
+    ) -> Iterator[tuple[int, SignPlan, int, int]]:
+        """Epoch, its plan, first position and end of all sketches of [0, end) that lie in pages."""
+        for number, first, last in resident.sketched_ranges(0, end):
+            plan = resident.plan_of(self._layer, kind, number)
+            if isinstance(plan, SignPlan) and self._paged(resident, kind):
+                yield number, plan, first, last
 
     def _paged(self, resident: ResidentSession, kind: Kind) -> bool:
         """Values beside keys that are no sketches are decoded, for which they must come as rows."""
         return kind == "keys" or isinstance(resident.plan_of(self._layer, "keys"), SignPlan)
 
     def _rows(
-        self, resident: ResidentSession, kind: Kind, first: int, last: int, exact: bool, level: int
+        self, resident: ResidentSession, kind: Kind, epoch: int | None, first: int, last: int, level: int
     ) -> Rows | SignPages:
-        own, plan = self._kinds[kind], resident.plan_of(self._layer, kind)
-        if exact or not isinstance(plan, SignPlan):
+        """`epoch` None: of positions that are exact."""
+        own, plan = self._kinds[kind], resident.plan_of(self._layer, kind, epoch or 0)
+        if epoch is None or not isinstance(plan, SignPlan):
             return DenseRows(self._dense(resident, own)[first:last])
         level = min(level, len(plan.levels) - 1)
         if not self._paged(resident, kind):
             return SignRows(resident.signs(self._layer, kind, first, last), plan.levels[level])
-        assert own.table is not None
-        return SignPages(Pages(self._arena.bytes, own.table, first, last), plan.levels[level])
+        table = own.sketches[epoch].table
+        assert table is not None
+        return SignPages(Pages(self._arena.bytes, table, first, last), plan.levels[level])
 
     def _dense(self, resident: ResidentSession, own: KindOnDevice) -> Tensor:
         """[capacity, H, D] of the run."""
@@ -176,19 +198,20 @@ class DeviceLayer:
         return rows.nbytes
 
     def _pack(
-        self, resident: ResidentSession, own: KindOnDevice, kind: Kind, plan: SignPlan, first: int, end: int
+        self, resident: ResidentSession, own: PagedSketches, kind: Kind, plan: SignPlan, begin: int, end: int
     ) -> int:
-        own.packed = end
+        """What is not there yet of an epoch's sketches [begin, end)."""
+        first, own.packed = max(begin, own.packed), end
         table = own.table = self._extended_table(own, end)
         if not plan.layout.words:
             return 0
         signs = resident.signs(self._layer, kind, first, end)
-        begun = first % PAGE_TOKENS and first > _border(resident, end)
+        begun = first % PAGE_TOKENS and first > begin
         pages = Pages(self._arena.bytes, table, first, end)
         self._arena.paging.pack(signs, plan.layout, pages, values=kind == "values", keep=bool(begun))
         return signs.words.nbytes + signs.scales.nbytes
 
-    def _extended_table(self, own: KindOnDevice, end: int) -> Tensor:
+    def _extended_table(self, own: PagedSketches, end: int) -> Tensor:
         """Where each page lies, in units of 512 bytes; entries of pages that hold nothing are never used."""
         if own.table is not None and len(own.table) * PAGE_TOKENS >= end and own.table_pages == len(own.pages):
             return own.table

@@ -1,7 +1,7 @@
 """One session's rows in host memory, as the ops read them."""
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -41,39 +41,47 @@ class Blocks(list[Block]):
         """What a backend keeps for exactly these rows, where they are."""
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """Sketches from position `start` on are those of `plan`, up to the next epoch."""
+
+    start: int
+    plan: CodecPlan
+
+
 class KindStore:
-    """One layer and kind: exact rows (all of them where the plan is dense), then packed signs."""
+    """One layer and kind: exact rows (all of them where the plan is dense), then packed signs, epoch by epoch."""
 
     def __init__(self, shape: ModelShape, allocate: Allocate) -> None:
         self._allocate = allocate
         self.rows = GrowingRows((shape.kv_heads, shape.head_dim), as_torch_dtype(shape.dtype), allocate)
-        self.words: GrowingRows | None = None
-        self.scales: GrowingRows | None = None
-        self._squares: SquareSums | None = None
+        self._signs = dict[int, tuple[GrowingRows, GrowingRows]]()
+        self._squares = dict[int, SquareSums]()
 
     @property
     def nbytes(self) -> int:
-        return self.rows.nbytes + sum(part.nbytes for part in (self.words, self.scales) if part is not None)
+        return self.rows.nbytes + sum(part.nbytes for parts in self._signs.values() for part in parts)
 
-    def extend(self, kind: KindRows) -> None:
+    def extend(self, kind: KindRows, epoch: int) -> None:
         self.rows.extend(kind.rows)
         if kind.signs is not None:
-            if self.words is None or self.scales is None:
-                self.words = GrowingRows(kind.signs.words.shape[1:], kind.signs.words.dtype, self._allocate)
-                self.scales = GrowingRows(kind.signs.scales.shape[1:], kind.signs.scales.dtype, self._allocate)
-            self.words.extend(kind.signs.words)
-            self.scales.extend(kind.signs.scales)
+            tensors = kind.signs.words, kind.signs.scales
+            if epoch not in self._signs:
+                words, scales = (GrowingRows(tensor.shape[1:], tensor.dtype, self._allocate) for tensor in tensors)
+                self._signs[epoch] = words, scales
+            for rows, tensor in zip(self._signs[epoch], tensors, strict=True):
+                rows.extend(tensor)
 
-    def sketched(self, start: int, end: int) -> Signs:
-        if self.words is None or self.scales is None:
-            raise LookupError("no signs are stored here")
-        return Signs(self.words.between(start, end), self.scales.between(start, end))
+    def sketched(self, epoch: int, start: int, end: int) -> Signs:
+        """Positions count from the epoch's first."""
+        words, scales = self._signs[epoch]
+        return Signs(words.between(start, end), scales.between(start, end))
 
-    def mean_squares(self, plan: SignPlan, count: int) -> Tensor:
-        """float64 [H, G]: the mean of alpha^2 over the first `count` > 0 sketches."""
-        if self._squares is None:
-            self._squares = SquareSums(plan.layout)
-        return self._squares.mean(self.sketched(0, count).scales, count)
+    def mean_squares(self, epoch: int, plan: SignPlan, count: int) -> Tensor:
+        """float64 [H, G]: the mean of alpha^2 over the first `count` > 0 sketches of an epoch."""
+        if epoch not in self._squares:
+            self._squares[epoch] = SquareSums(plan.layout)
+        return self._squares[epoch].mean(self.sketched(epoch, 0, count).scales, count)
 
 
 class ResidentSession:
@@ -84,8 +92,9 @@ class ResidentSession:
 
     def __init__(self, shape: ModelShape, allocate: Allocate = pageable) -> None:
         self.shape = shape
-        self.plan: CodecPlan | None = None
-        self.exact_end: int | None = None
+        self.epochs: tuple[Epoch, ...] = ()
+        self.max_positions: Mapping[str, int] = {}
+        """Below which positions each projection, by its sha256, was calibrated."""
         self.length = 0
         self.parent: weakref.ref[ResidentSession] | None = None
         """The session that positions [0, shared_end) were forked from, if its rows were loaded too."""
@@ -101,13 +110,23 @@ class ResidentSession:
 
     @property
     def nbytes(self) -> int:
-        return sum(store.nbytes for layer in self._layers for store in layer.values())
+        """Of its rows and of plans that no other session has: those with bases of its own."""
+        rows = sum(store.nbytes for layer in self._layers for store in layer.values())
+        return rows + sum(epoch.plan.own_bytes for epoch in self.epochs)
 
-    def adopt(self, plan: CodecPlan, exact_end: int) -> None:
-        """Rows at or above `exact_end` come as the plan says; before this, all are exact."""
-        if self.plan is not plan:
-            self.facts.clear()
-        self.plan, self.exact_end = plan, exact_end
+    @property
+    def plan(self) -> CodecPlan | None:
+        """The newest; None before the fit."""
+        return self.epochs[-1].plan if self.epochs else None
+
+    @property
+    def exact_end(self) -> int | None:
+        return self.epochs[0].start if self.epochs else None
+
+    def adopt(self, epochs: Sequence[Epoch]) -> None:
+        """Rows at or above the first epoch's start come as its plan says; below it all are exact."""
+        self.facts.clear()
+        self.epochs = tuple(epochs)
 
     def extend(self, start: int, rows: AppendRows, tokens: int) -> bool:
         """Adds positions [start, start + tokens); False, changing nothing, if `start` is not the length.
@@ -117,46 +136,58 @@ class ResidentSession:
         with self._writing:
             if start != self.length:
                 return False
-            self._append(rows)
+            self._append(rows, self.epoch_of(start))
             self.length += tokens
             return True
 
-    def _append(self, rows: AppendRows) -> None:
+    def epoch_of(self, start: int) -> int:
+        """The number of the epoch that an append at `start` is of; 0 too where all is exact."""
+        return max(0, sum(epoch.start <= start for epoch in self.epochs) - 1)
+
+    def _append(self, rows: AppendRows, epoch: int) -> None:
         for layer, pair in zip(self._layers, rows, strict=True):
             for kind, part in zip(KINDS, pair, strict=True):
-                layer[kind].extend(part)
+                layer[kind].extend(part, epoch)
 
     def blocks(self, layer: int, start: int, end: int, levels: dict[Kind, int]) -> Iterator[Block]:
-        """Positions [start, end) of `layer` at a level for each kind: exact ones first, then sketched ones."""
+        """Positions [start, end) of `layer` at a level for each kind: exact ones first, then those of each epoch."""
         border = end if self.exact_end is None else min(max(self.exact_end, start), end)
         if start < border:
             keys, values = (DenseRows(self._layers[layer][kind].rows.between(start, border)) for kind in KINDS)
             yield Block(start, border, keys, values)
-        if border < end:
-            keys, values = (self._compressed(layer, kind, border, end, levels[kind]) for kind in KINDS)
-            yield Block(border, end, keys, values)
+        for number, first, last in self.sketched_ranges(start, end):
+            keys, values = (self._compressed(layer, kind, number, first, last, levels[kind]) for kind in KINDS)
+            yield Block(first, last, keys, values)
 
-    def plan_of(self, layer: int, kind: Kind) -> KindPlan:
-        return DensePlan() if self.plan is None else self.plan.of(layer, kind)
+    def sketched_ranges(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(number, first position, end) of each epoch within [start, end)."""
+        ends = [*(epoch.start for epoch in self.epochs[1:]), end]
+        for number, (epoch, last) in enumerate(zip(self.epochs, ends, strict=False)):
+            if max(epoch.start, start) < min(last, end):
+                yield number, max(epoch.start, start), min(last, end)
+
+    def plan_of(self, layer: int, kind: Kind, epoch: int = -1) -> KindPlan:
+        """Of an epoch, the newest by default; all have the same kinds of plans and as many levels."""
+        return self.epochs[epoch].plan.of(layer, kind) if self.epochs else DensePlan()
 
     def exact_rows(self, layer: int, kind: Kind, start: int, end: int) -> Tensor:
         """[end - start, H, D] in the session's dtype, of positions that are stored exactly."""
         return self._layers[layer][kind].rows.between(start, end)
 
     def signs(self, layer: int, kind: Kind, start: int, end: int) -> Signs:
-        """Packed sketches of positions [start, end), all at or above `exact_end`."""
-        assert self.exact_end is not None
-        return self._layers[layer][kind].sketched(start - self.exact_end, end - self.exact_end)
+        """Packed sketches of positions [start, end), all of one epoch."""
+        number = self.epoch_of(start)
+        first = self.epochs[number].start
+        return self._layers[layer][kind].sketched(number, start - first, end - first)
 
-    def mean_squares(self, layer: int, end: int) -> Tensor:
-        """float64 [H, G]: the mean of alpha^2 over the sketched keys of positions [exact_end, end), not none."""
-        plan, exact_end = self.plan_of(layer, "keys"), self.exact_end
+    def mean_squares(self, layer: int, number: int, end: int) -> Tensor:
+        """float64 [H, G]: the mean of alpha^2 over the sketched keys of an epoch up to position `end`, not none."""
+        plan = self.plan_of(layer, "keys", number)
         assert isinstance(plan, SignPlan)
-        assert exact_end is not None
-        return self._layers[layer]["keys"].mean_squares(plan, end - exact_end)
+        return self._layers[layer]["keys"].mean_squares(number, plan, end - self.epochs[number].start)
 
-    def _compressed(self, layer: int, kind: Kind, start: int, end: int, level: int) -> StoredRows:
-        plan = self.plan_of(layer, kind)
+    def _compressed(self, layer: int, kind: Kind, number: int, start: int, end: int, level: int) -> StoredRows:
+        plan = self.plan_of(layer, kind, number)
         if isinstance(plan, SignPlan):
             return SignRows(self.signs(layer, kind, start, end), plan.levels[min(level, len(plan.levels) - 1)])
         if isinstance(plan, ProjectedPlan):

@@ -243,6 +243,7 @@ def _fill_fidelity(message: pb.Fidelity, fidelity: Fidelity) -> None:
     message.precision.values_level = fidelity.precision.values_level
     message.score_stderr = fidelity.score_stderr
     message.exact = fidelity.exact
+    message.positions_beyond = fidelity.positions_beyond
 
 
 def _refused(field: str, error: ValidationError) -> InvalidArgument:

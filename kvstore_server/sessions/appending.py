@@ -7,6 +7,7 @@ from functools import partial
 from time import monotonic
 from typing import TypeVar
 
+from kvstore_codecs.fit import fit_is_due
 from kvstore_codecs.plan import CodecPlan, Fit
 from kvstore_codecs.resolve import plan_for
 from kvstore_codecs.sketch import KindRows
@@ -25,7 +26,7 @@ from kvstore_server.memory.resident import ResidentSession
 from kvstore_server.scheduling.engine import Engine
 from kvstore_server.scheduling.pool import Pool
 from kvstore_server.sessions.assembly import AppendAssembly, AppendHeader, Frame
-from kvstore_server.sessions.encoding import accept_sketch, encode_layer, fit_is_due, make_layer_fit
+from kvstore_server.sessions.encoding import accept_sketch, encode_layer, make_layer_fit
 from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.live import LiveSession
 from kvstore_server.sessions.model import AppendResult
@@ -93,7 +94,7 @@ class Appending:
         if header.start > live.length and not live.arrivals.reach(header.start):
             text = f"start {header.start} is beyond the length {live.length}"
             raise OutOfRange("BEYOND_LENGTH", text, length=live.length)
-        self._check_encoding(live, header)
+        self.check_encoding(live, header)
         await self._check_quota(live, header)
         return live
 
@@ -127,7 +128,7 @@ class Appending:
             raise InvalidArgument("header.block_tokens", f"{count} blocks of {size} tokens end here", limit=count)
 
     @staticmethod
-    def _check_encoding(live: LiveSession, header: AppendHeader) -> None:
+    def check_encoding(live: LiveSession, header: AppendHeader) -> None:
         if header.encoding == "raw":
             return
         if live.plan is None:
@@ -185,6 +186,8 @@ class OpenAppend:
             present = await asyncio.to_thread(log.already_present, live.state, header.start, header.tokens, digest)
             if present is not None:
                 return self._result(present)
+            await self._appending.registry.ensure_fit(live)
+            self._appending.check_encoding(live, header)  # an append before this one may have made another fit
             rows, fit, exact = await self._encoded()
             return await self._commit(log, digest, rows, fit, exact)
 
@@ -197,12 +200,13 @@ class OpenAppend:
         header, live, appending = self._header, self._live, self._appending
         shape, spec = live.state.shape, live.state.spec
         plan, exact, fit = live.plan, _exact_tokens(header, live.exact_end), None
-        if plan is None and fit_is_due(spec, header.start + header.tokens):
-            resident = await appending.registry.fill(live, live.length)
-            parts = [await self._on_device(partial(self._fit_layer, resident, n)) for n in range(shape.layers)]
+        if header.encoding == "raw" and fit_is_due(spec, shape.layers, live.fit, header.start, header.tokens):
+            resident = await appending.registry.fill(live, live.length) if plan is None else ResidentSession(shape)
+            first = spec.sink_tokens if plan is None else header.start
+            parts = [await self._on_device(partial(self._fit_layer, resident, first, n)) for n in range(shape.layers)]
             fit = Fit.of_layers(parts)
+            exact = _exact_tokens(header, max(spec.sink_tokens, header.start)) if plan is None else 0
             plan = await asyncio.to_thread(plan_for, spec, shape, fit, live.projections)
-            exact = _exact_tokens(header, max(spec.sink_tokens, header.start))
         rows: list[LayerRows] = []
         at_once = max(1, ENCODE_BYTES * shape.layers // header.data_bytes)
         for first in range(0, shape.layers, at_once):
@@ -210,9 +214,9 @@ class OpenAppend:
             rows += await self._on_device(lambda layers=layers: [self._layer(plan, layer, exact) for layer in layers])
         return rows, fit, exact
 
-    def _fit_layer(self, resident: ResidentSession, layer: int) -> Fit:
-        live = self._live
-        return make_layer_fit(live.state.spec, resident, self._assembly, self._header.start, layer, live.projections)
+    def _fit_layer(self, resident: ResidentSession, first: int, layer: int) -> Fit:
+        live, start = self._live, self._header.start
+        return make_layer_fit(live.state.spec, resident, self._assembly, first, start, layer, live.projections)
 
     def _layer(self, plan: CodecPlan | None, layer: int, exact: int) -> LayerRows:
         assembly, tokens = self._assembly, self._header.tokens
@@ -243,6 +247,7 @@ class OpenAppend:
             keys=tuple(keys for keys, _ in rows),
             values=tuple(values for _, values in rows),
             fit=fit,
+            epoch=live.epoch + (fit is not None and live.fitted),
             block_hashes=header.block_hashes,
             block_tokens=header.block_tokens,
         )
@@ -250,7 +255,8 @@ class OpenAppend:
         def commit() -> Committed | AlreadyPresent:
             outcome = log.commit(live.state, segment)
             if isinstance(outcome, Committed):
-                live.fit = live.fit or fit
+                if fit is not None:
+                    live.fits[header.start] = fit
                 live.grow(header.start, rows, header.tokens)
                 self._copy()
             return outcome

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kvstore_codecs import projected
 from kvstore_codecs.plan import KindPlan, ProjectedPlan, SignPlan
-from kvstore_codecs.spec import KINDS, Kind
-from kvstore_kernels import Backend, DenseRows, ScoreNoise, SignRows, merge_states, score_noise
+from kvstore_codecs.spec import KINDS, Kind, projection_named
+from kvstore_kernels import Backend, DenseRows, ScoreNoise, SignRows, mean_noise, merge_states, score_noise
 from kvstore_kernels.backend import Attended
 from kvstore_kernels.cuda.pages import SignPages
 from kvstore_server.errors import FailedPrecondition
@@ -20,6 +20,7 @@ from kvstore_server.memory.resident import Block, Blocks, ResidentSession
 from kvstore_server.scheduling.completion import Later
 from kvstore_server.sessions.live import LiveSession
 from kvstore_server.sessions.model import AttendAnswer, Fidelity, Precision
+from kvstore_server.storage.keys import POSITION_MAX
 from kvstore_server.storage.meta import Floor
 
 NOISE = "noise"
@@ -228,14 +229,12 @@ def fidelity(prefix: Prefix, q: Tensor, heads: slice) -> Fidelity:
 def _noise(prefix: Prefix, kept: dict[Any, Any]) -> ScoreNoise | None:
     """Of logits over the prefix's sketched keys; None where there are none. `kept` is the prefix's."""
     if NOISE not in kept:
-        resident, layer = prefix.resident, prefix.layer
-        keys = resident.plan_of(layer, "keys")
-        sketched = resident.exact_end is not None and prefix.end > resident.exact_end
-        kept[NOISE] = (
-            score_noise(keys.levels[_keys_level(prefix)], resident.mean_squares(layer, prefix.end))
-            if sketched and isinstance(keys, SignPlan)
-            else None
-        )
+        parts, resident, layer = list[tuple[int, ScoreNoise]](), prefix.resident, prefix.layer
+        for number, first, last in resident.sketched_ranges(0, prefix.end):
+            if isinstance(keys := resident.plan_of(layer, "keys", number), SignPlan):
+                squares = resident.mean_squares(layer, number, last)
+                parts.append((last - first, score_noise(keys.levels[_keys_level(prefix)], squares)))
+        kept[NOISE] = mean_noise(parts) if parts else None
     return kept[NOISE]
 
 
@@ -260,12 +259,21 @@ def _fidelities(prefix: Prefix, callers: list[tuple[int, slice]], variances: Ten
             first += count
     plan, precision = resident.plan, Precision(keys_level, values_level)
     if ("codec", layer) not in resident.facts:
-        codec = "raw" if plan is None else plan.spec.for_layer(layer, "keys", resident.shape.layers).name
-        resident.facts["codec", layer] = codec
-    codec = resident.facts["codec", layer]
+        resident.facts["codec", layer] = _codec(resident, layer)
+    codec, calibrated = resident.facts["codec", layer]
     fingerprint = "" if plan is None else plan.fingerprint
     exact = not sketched or keys.widths is values.widths is None
-    return [Fidelity(codec, fingerprint, precision, error, exact) for error in errors]
+    beyond = 0 if exact else max(0, prefix.end - max(calibrated, resident.exact_end or 0))
+    return [Fidelity(codec, fingerprint, precision, error, exact, beyond) for error in errors]
+
+
+def _codec(resident: ResidentSession, layer: int) -> tuple[str, int]:
+    """The name of the codec of a layer's keys, and below which positions the projections of both are calibrated."""
+    if resident.plan is None:
+        return "raw", POSITION_MAX
+    codecs = [resident.plan.spec.for_layer(layer, kind, resident.shape.layers) for kind in KINDS]
+    named = [sha256 for codec in codecs if (sha256 := projection_named(codec))]
+    return codecs[0].name, min((resident.max_positions[sha256] for sha256 in named), default=POSITION_MAX)
 
 
 def _levels(plan: KindPlan) -> int:

@@ -90,11 +90,13 @@ class Cooling:
         live = await self._registry.find(seen.tenant, seen.name)
         if live is None or live.generation != seen.generation or live.plan is None:
             return None
-        state, plan = live.state, live.plan
+        state = live.state
         if await asyncio.to_thread(self._store.list_keys, refs_folder(state.tenant, state.session, state.generation)):
             return None
         keys, values = (max(pair) for pair in zip(self._floor, state.own_floor, strict=True))
-        cut = Cut((keys, values), partial(cut_segment, plan=plan, floor=(keys, values)))
+        await self._registry.ensure_fits(live, live.fit_entries)
+        plans = [epoch.plan for epoch in await asyncio.to_thread(live.epochs)]
+        cut = Cut((keys, values), partial(cut_segment, plans=plans, floor=(keys, values)))
         merger = Merger(self._store, state.tenant, self._bounds)
         if not merger.is_due(state, cut):
             return None

@@ -1,5 +1,7 @@
 """Drops the bits that levels finer than a floor read, and makes room for them again where sketches are read whole."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,9 +13,12 @@ from kvstore_server.storage.meta import Floor
 from kvstore_server.storage.segment import Segment
 
 
-def cut_segment(segment: Segment, plan: CodecPlan, floor: Floor) -> Segment:
-    """With only those words that the floor reads; its geometry is that of the object it came from."""
-    found = segment.header.floor
+def cut_segment(segment: Segment, plans: Sequence[CodecPlan], floor: Floor) -> Segment:
+    """With only those words that the floor reads; its geometry is that of the object it came from.
+
+    `plans` are those of the session's epochs.
+    """
+    found, plan = segment.header.floor, plans[segment.header.epoch]
     keys, values = (
         tuple(
             _narrowed(widened(rows, plan.of(layer, kind), found[number]), plan.of(layer, kind), floor[number])

@@ -14,27 +14,23 @@ from kvstore_server.memory.resident import ResidentSession
 from kvstore_server.sessions.assembly import AppendAssembly
 
 
-def fit_is_due(spec: CodecSpec, length: int) -> bool:
-    """Whether a session of this length, not fitted yet, must be."""
-    return spec.needs_fit and length - spec.sink_tokens >= spec.fit_tokens
-
-
 def make_layer_fit(
     spec: CodecSpec,
     resident: ResidentSession,
     assembly: AppendAssembly,
+    first: int,
     start: int,
     layer: int,
     projections: tuple[Projection, ...],
 ) -> Fit:
-    """One layer of the fit to the first non-sink tokens: those before `start`, all exact, and those of this append."""
-    first = spec.sink_tokens
+    """One layer of a fit to the tokens from `first` on: those before `start`, all exact, and those of this append."""
 
     def rows(kind: Kind) -> Tensor:
-        stored = resident.exact_rows(layer, kind, min(first, start), start)
         skipped = max(0, first - start)
         arriving = assembly.vectors(layer, kind)[skipped : skipped + FIT_TOKENS_MAX]
-        return torch.cat([stored, arriving])[:FIT_TOKENS_MAX]
+        if first >= start:
+            return arriving
+        return torch.cat([resident.exact_rows(layer, kind, first, start), arriving])[:FIT_TOKENS_MAX]
 
     try:
         return fit_layer(spec, resident.shape.layers, layer, {kind: rows(kind) for kind in KINDS}, first, projections)

@@ -1,14 +1,17 @@
-"""What this process holds of one session: its state in the store, its fit and, when loaded, its rows."""
+"""What this process holds of one session: its state in the store, its fits and, when loaded, its rows."""
 
 import asyncio
+from collections.abc import Sequence
+from threading import Lock
 
 from kvstore_codecs.artifact import Projection
 from kvstore_codecs.plan import CodecPlan, Fit
 from kvstore_codecs.resolve import plan_for
 from kvstore_server.memory.growing import Allocate, pageable
-from kvstore_server.memory.resident import AppendRows, ResidentSession
+from kvstore_server.memory.resident import AppendRows, Epoch, ResidentSession
 from kvstore_server.sessions.arrivals import Arrivals
 from kvstore_server.sessions.model import SessionInfo
+from kvstore_server.storage.segment import no_such_fit
 from kvstore_server.storage.session_state import AppendEntry, SessionState
 
 
@@ -27,7 +30,8 @@ class LiveSession:
         self.lock = asyncio.Lock()
         self.arrivals = Arrivals()
         self.resident: ResidentSession | None = None
-        self.fit: Fit | None = None
+        self.fits: dict[int, Fit] = {}
+        """By the position of the append that made each, as far as they were read."""
         self.checked_at = 0.0
         self.used_at = 0.0
         self.told_at = 0.0
@@ -35,7 +39,8 @@ class LiveSession:
         self.indexed_entries = 0
         """The index knows the token blocks of so many appends."""
         self._scanned, self._stored_bytes, self._scanned_merged = 0, 0, state.merged
-        self._fit_entry: AppendEntry | None = None
+        self._fit_entries: tuple[AppendEntry, ...] = ()
+        self._scanning = Lock()
 
     @property
     def generation(self) -> str:
@@ -46,10 +51,15 @@ class LiveSession:
         return self.state.length
 
     @property
-    def fit_entry(self) -> AppendEntry | None:
-        """The append that made the fit; a fork has it if it shares any of that append's tokens."""
+    def fit_entries(self) -> Sequence[AppendEntry]:
+        """The appends that made a fit, each the first of an epoch; a fork has those of which it shares any tokens."""
         self._scan()
-        return self._fit_entry
+        return self._fit_entries
+
+    @property
+    def fit(self) -> Fit | None:
+        """The newest that was read."""
+        return next((self.fits[each.start] for each in reversed(self.fit_entries) if each.start in self.fits), None)
 
     @property
     def stored_bytes(self) -> int:
@@ -59,31 +69,43 @@ class LiveSession:
 
     def _scan(self) -> None:
         """Looks at entries that came since the last time, at all after some were merged: there may be very many."""
-        entries = self.state.entries or []
-        if self._scanned_merged != self.state.merged:
-            self._scanned, self._stored_bytes, self._scanned_merged = 0, 0, self.state.merged
-        for entry in entries[self._scanned :]:
-            if self._fit_entry is None and entry.fit_range is not None:
-                self._fit_entry = entry
-            if (entry.session, entry.generation) == (self.state.session, self.state.generation):
-                self._stored_bytes += entry.stored_bytes
-        self._scanned = len(entries)
+        with self._scanning:  # several threads ask
+            entries = self.state.entries or []
+            if self._scanned_merged != self.state.merged:
+                self._scanned, self._stored_bytes, self._scanned_merged = 0, 0, self.state.merged
+            new = entries[self._scanned :]
+            known = self._fit_entries if self._scanned else ()
+            self._fit_entries = (*known, *(entry for entry in new if entry.fit_range is not None))
+            own = self.state.session, self.state.generation
+            self._stored_bytes += sum(each.stored_bytes for each in new if (each.session, each.generation) == own)
+            self._scanned += len(new)
 
     @property
     def fitted(self) -> bool:
-        return not self.state.spec.needs_fit or self.fit_entry is not None
+        return not self.state.spec.needs_fit or bool(self.fit_entries)
 
     @property
     def exact_end(self) -> int | None:
         """Positions below it are exact; None while all are."""
         if not self.fitted:
             return None
-        made = self.fit_entry
-        return max(self.state.spec.sink_tokens, made.start if made else 0)
+        made = self.fit_entries
+        return max(self.state.spec.sink_tokens, made[0].start if made else 0)
+
+    @property
+    def epoch(self) -> int:
+        """The number of the newest, which the next append is of unless it makes a fit.
+
+        DataLoss if an append is of one whose fit is not there.
+        """
+        newest, entries = max(0, len(self.fit_entries) - 1), self.state.entries or []
+        if entries and not entries[-1].damage and entries[-1].epoch != newest:
+            raise no_such_fit(entries[-1].identity(self.state.tenant), entries[-1].end, entries[-1].epoch)
+        return newest
 
     @property
     def plan(self) -> CodecPlan | None:
-        """None before the fit, for codecs that need one. The fit must have been read."""
+        """The newest epoch's; None before the fit, for codecs that need one. The fit must have been read."""
         if not self.fitted:
             return None
         return plan_for(self.state.spec, self.state.shape, self.fit, self.projections)
@@ -91,9 +113,23 @@ class LiveSession:
     def loadable(self) -> ResidentSession:
         """The session's rows, as far as they are loaded, ready to take more."""
         resident = self.resident or ResidentSession(self.state.shape, self._allocate)
-        if (plan := self.plan) is not None and self.exact_end is not None:
-            resident.adopt(plan, self.exact_end)
+        resident.max_positions = {each.sha256: each.header.max_position for each in self.projections}
+        if self.fitted and len(resident.epochs) < max(1, len(self.fit_entries)):
+            resident.adopt(self.epochs(resident.epochs))
         return resident
+
+    def epochs(self, known: Sequence[Epoch] = ()) -> list[Epoch]:
+        """Those that are `known` and all after them; none before the fit. The fits must have been read.
+
+        To make a plan that is not kept may take seconds.
+        """
+        state, made = self.state, self.fit_entries
+        if self.exact_end is None:
+            return []
+        starts = [self.exact_end, *(entry.start for entry in made[1:])]
+        fits = [self.fits[entry.start] for entry in made] or [None]
+        new = list(zip(starts, fits, strict=True))[len(known) :]
+        return [*known, *(Epoch(at, plan_for(state.spec, state.shape, fit, self.projections)) for at, fit in new)]
 
     def grow(self, start: int, rows: AppendRows, tokens: int) -> None:
         """Adds an append that was just committed, if all rows before it are loaded."""

@@ -8,7 +8,7 @@ from kvstore_kernels import Signs
 from kvstore_server.memory.resident import ResidentSession
 from kvstore_server.sessions.cutting import widened
 from kvstore_server.storage.commit_log import CommitLog
-from kvstore_server.storage.segment import Segment, data_loss
+from kvstore_server.storage.segment import Segment, data_loss, no_such_fit
 from kvstore_server.storage.session_state import AppendEntry, SessionState
 
 
@@ -21,6 +21,8 @@ def extend_resident(log: CommitLog, state: SessionState, resident: ResidentSessi
     missing = [entry for entry in log.appends(state) if entry.start < end and entry.end > resident.length]
     for segment, damages in log.inspect_all(state, missing):
         identity, begin = segment.header.identity, segment.header.start
+        if segment.header.epoch != resident.epoch_of(begin):
+            raise no_such_fit(identity, segment.header.end, segment.header.epoch)
         limit = min(segment.header.end, state.owned_end(identity.session, identity.generation))
         damage = min(damages, key=lambda each: each.token_start, default=None)
         sound = limit if damage is None else min(limit, damage.token_start)
@@ -37,16 +39,16 @@ def extend_resident(log: CommitLog, state: SessionState, resident: ResidentSessi
 
 def _whole(segment: Segment, resident: ResidentSession) -> Iterator[tuple[KindRows, KindRows]]:
     """Keys and values of each layer, laid out as the session's codec has them."""
-    keys_level, values_level = segment.header.floor
+    (keys_level, values_level), epoch = segment.header.floor, segment.header.epoch
     for layer, (keys, values) in enumerate(zip(segment.keys, segment.values, strict=True)):
         if keys_level or values_level:
-            keys = widened(keys, resident.plan_of(layer, "keys"), keys_level)
-            values = widened(values, resident.plan_of(layer, "values"), values_level)
+            keys = widened(keys, resident.plan_of(layer, "keys", epoch), keys_level)
+            values = widened(values, resident.plan_of(layer, "values", epoch), values_level)
         yield keys, values
 
 
 def read_fit(log: CommitLog, state: SessionState, entry: AppendEntry) -> Fit:
-    """The means that this append computed."""
+    """The fit that this append made."""
     fit = log.read(state, entry).fit
     assert fit is not None
     return fit

@@ -73,13 +73,18 @@ class Query:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What an answer was computed from; `score_stderr` is the standard error of a logit, rms over keys and rows."""
+    """What an answer was computed from; `score_stderr` is the standard error of a logit, rms over keys and rows.
+
+    The last `positions_beyond` of the prefix are sketched and at or beyond the lowest max_position of the projections
+    that the layer's codecs name.
+    """
 
     codec: str
     codec_fingerprint: str
     precision: Precision
     score_stderr: float
     exact: bool
+    positions_beyond: int
 
 
 @dataclass(frozen=True)

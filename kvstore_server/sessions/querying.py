@@ -214,10 +214,11 @@ class Querying:
         if size > self._limits.fetch_bytes_max:
             limit = self._limits.fetch_bytes_max
             raise InvalidArgument("token_end", f"{size} bytes are more than {limit} in one Fetch", limit=limit)
-        fit = None if query.decoded else live.fit
+        fit = live.fit if query.decoded else _fit_of(live, resident, query)
         precision = attention.effective(resident, layers[0], replace(query.precision, required=False), live.state.floor)
-        parts = self._parts(tenant, resident, fit, replace(query, layers=layers, precision=precision), deadline)
-        return FetchAnswer(live.info(), live.fit, parts)
+        bases = None if query.decoded else fit
+        parts = self._parts(tenant, resident, bases, replace(query, layers=layers, precision=precision), deadline)
+        return FetchAnswer(live.info(), fit, parts)
 
     async def _parts(
         self, tenant: str, resident: ResidentSession, fit: Fit | None, query: FetchQuery, deadline: float
@@ -312,6 +313,16 @@ class Querying:
     @staticmethod
     def _asked_heads(query: Query) -> slice:
         return slice(query.head_offset, query.head_offset + query.q.shape[1])
+
+
+def _fit_of(live: LiveSession, resident: ResidentSession, query: FetchQuery) -> Fit | None:
+    """What reads the sketches that are asked for; the newest if there are none."""
+    epochs = list(resident.sketched_ranges(query.start, query.end))
+    if len(epochs) > 1:
+        border = epochs[1][1]
+        text = f"sketches from {border} on are of another fit than those before: fetch them apart"
+        raise FailedPrecondition("SEVERAL_FITS", text, position=border)
+    return live.fits[live.fit_entries[epochs[0][0]].start] if epochs and live.fit_entries else live.fit
 
 
 def _bases(fit: Fit, spec: CodecSpec, layers: int) -> Iterator[FetchPart]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf
 from time import monotonic
 
@@ -14,6 +14,7 @@ from kvstore_server.sessions.loading import extend_resident, read_fit
 from kvstore_server.sessions.projecting import Projecting
 from kvstore_server.storage.commit_log import CommitLog
 from kvstore_server.storage.keys import is_generation
+from kvstore_server.storage.session_state import AppendEntry
 from kvstore_server.storage.store import ObjectStore
 from kvstore_server.telemetry import Telemetry
 
@@ -147,7 +148,8 @@ class Registry:
 
     async def fill(self, live: LiveSession, end: int) -> ResidentSession:
         """The session's rows, at least up to `end`; its lock must be held. What was read before damage is kept."""
-        resident = live.resident = live.loadable()
+        await self.ensure_fits(live, live.fit_entries)
+        resident = live.resident = await asyncio.to_thread(live.loadable)
         self._name_parent(live, resident)
         async with self._loads:
             with self._telemetry.load_seconds.time():
@@ -166,10 +168,16 @@ class Registry:
                 resident.parent, resident.shared_end = weakref.ref(parent.resident), origin.end
 
     async def ensure_fit(self, live: LiveSession) -> None:
-        """Reads the session's fit if there is one that is not known yet, and makes the plan, which may take seconds."""
-        if live.fit is None and (made := live.fit_entry) is not None:
-            live.fit = await asyncio.to_thread(read_fit, self.log(live.state.tenant), live.state, made)
-            await asyncio.to_thread(lambda: live.plan)
+        """Reads the session's newest fit if it is not known yet, and makes the plan, which may take seconds."""
+        await self.ensure_fits(live, live.fit_entries[-1:])
+
+    async def ensure_fits(self, live: LiveSession, made: Sequence[AppendEntry]) -> None:
+        """As ensure_fit, of the fits that these appends made."""
+        for entry in made:
+            if entry.start not in live.fits:
+                log = self.log(live.state.tenant)
+                live.fits[entry.start] = await asyncio.to_thread(read_fit, log, live.state, entry)
+                await asyncio.to_thread(lambda: live.plan)
 
     def make_room(self, keep: LiveSession) -> None:
         """Drops the rows of the least recently used sessions until the others fit; never those of `keep`."""

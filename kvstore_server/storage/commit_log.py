@@ -132,11 +132,12 @@ class CommitLog(LogView):
         keys: tuple[KindRows, ...],
         values: tuple[KindRows, ...],
         fit: Fit | None = None,
+        epoch: int = 0,
         block_hashes: tuple[bytes, ...] = (),
         block_tokens: int = 0,
         start: int | None = None,
     ) -> Segment:
-        """The next append of `state`, not committed. `fit` only if this append made it.
+        """The next append of `state`, not committed. `fit` only if this append made it; `epoch` is its own's number.
 
         `start` is where the caller believes that the session ends: commit refuses the segment if it no longer does.
         """
@@ -154,6 +155,7 @@ class CommitLog(LogView):
             codec_fingerprint=state.spec.fingerprint,
             shape_fingerprint=state.shape.fingerprint,
             fit_range=(fit.token_start, fit.token_end) if fit else None,
+            epoch=epoch,
             block_hashes=block_hashes,
             block_tokens=block_tokens,
             created_unix_seconds=self._clock(),

@@ -17,13 +17,13 @@ from kvstore_server.storage.segment_header import MergedAppend, SegmentHeader
 def merged_segment(segments: Sequence[Segment], created_unix_seconds: float, floor: Floor = (0, 0)) -> Segment:
     """Appends that follow each other, merged before or not, all cut to the same floor, as one segment.
 
-    Exact tokens lead a session, so they lead the merged object too. ValueError if two made a fit.
+    Exact tokens lead a session, so they lead the merged object too. ValueError unless all are of one epoch.
     """
     first = segments[0].header
     appends = tuple(append for segment in segments for append in _appends(segment.header))
     with_fit = [number for number, segment in enumerate(segments) if segment.fit is not None]
-    if len(with_fit) > 1:
-        raise ValueError("a session has one fit")
+    if len(with_fit) > 1 or len({segment.header.epoch for segment in segments}) > 1:
+        raise ValueError("sketches of several fits cannot be merged")
     fit, fit_range, fit_append = None, None, None
     if with_fit:
         maker = segments[with_fit[0]]

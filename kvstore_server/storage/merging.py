@@ -59,6 +59,10 @@ class _StoredObject:
         return merged.floor if merged else (0, 0)
 
     @property
+    def epoch(self) -> int:
+        return self.entries[0].epoch
+
+    @property
     def table_rows(self) -> int:
         return sum(1 + len(entry.block_hashes) for entry in self.entries)
 
@@ -148,7 +152,7 @@ class Merger:
         run, full = list[_StoredObject](), 0.0
         for each in objects[objects.index(first) :]:
             full += self._share(each)
-            if run and (full > 1 or each.floor == floor or not each.is_sound):
+            if run and (full > 1 or each.floor == floor or not each.is_sound or each.epoch != first.epoch):
                 break
             run.append(each)
         return run
@@ -157,13 +161,13 @@ class Merger:
         return max(each.stored_bytes / self._bounds.object_bytes_max, each.table_rows / TABLE_ROWS_MAX)
 
     def _runs(self, objects: Sequence[_StoredObject]) -> Iterator[list[_StoredObject]]:
-        """Sound neighbours, each below half of the bounds, that are within them together."""
+        """Sound neighbours of one epoch, each below half of the bounds, that are within them together."""
         run: list[_StoredObject] = []
         full = 0.0
         for each in objects:
             share = self._share(each)
             small = share <= 0.5 and each.is_sound
-            if not small or full + share > 1:
+            if not small or full + share > 1 or (run and run[0].epoch != each.epoch):
                 yield run
                 run, full = [], 0.0
             if small:

@@ -119,6 +119,12 @@ def data_loss(identity: Identity, damage: Damage) -> DataLoss:
     )
 
 
+def no_such_fit(identity: Identity, end: int, epoch: int) -> DataLoss:
+    """The error for sketches, up to position `end`, of a fit that is not among those before them."""
+    what = f"sketches of fit {epoch}, which is not where it must be"
+    return data_loss(identity, whole_damage(identity.start, end, what))
+
+
 def _part_views(segment: Segment, layout: Layout) -> Iterator[tuple[tuple[int, Kind, Part], memoryview]]:
     """The bytes of every part that is not empty, kinds slowest, checked against the geometry."""
     geometry = layout.geometry

@@ -11,10 +11,9 @@ from kvstore_server.storage.geometry import LAYERS_MAX, TOKENS_MAX, Geometry, La
 from kvstore_server.storage.versions import check_readable
 
 FORMAT = "kvstore.segment"
-VERSION = 3
-"""The newest `min_reader` that this code reads, that of merged objects."""
-BASES_VERSION = 2
-FIRST_VERSION = 1
+VERSION = 4
+"""The newest `min_reader` that this code reads, that of epochs but the first."""
+FIRST_VERSION, BASES_VERSION, MERGED_VERSION = 1, 2, 3
 """What it writes as long as nothing newer is in the object."""
 
 Encoding = Literal["raw", "sketch"]
@@ -51,9 +50,10 @@ class SegmentHeader:
     """The facts of one append. `previous` and `previous_digest` are those of the append before it in the session (of a
     shared one for a fork's first), so that objects of two histories cannot be mixed; None and "" at position 0.
 
-    `encoding` is how the bytes came, `encoded_by` who made the sketches. `fit_range` is set if this append made the
-    fit: the positions it was computed from. `block_hashes` are those of the token-id blocks that end in this append,
-    each of `block_tokens` tokens (0 without hashes).
+    `encoding` is how the bytes came, `encoded_by` who made the sketches. `fit_range` is set if this append made a fit:
+    the positions it was computed from. `epoch` is the number, from 0, of the session's fit that its sketches are of.
+    `block_hashes` are those of the token-id blocks that end in this append, each of `block_tokens` tokens (0 without
+    hashes).
 
     A merged object has the appends that it took in, in order, in `appends`; what they cannot share is there, and
     `fit_append` says which of them made the fit. Its words are only those that the level `floor` of keys and of values
@@ -73,6 +73,7 @@ class SegmentHeader:
     block_hashes: tuple[bytes, ...]
     created_unix_seconds: float
     block_tokens: int = 0
+    epoch: int = 0
     appends: tuple[MergedAppend, ...] = ()
     fit_append: int | None = None
     floor: tuple[int, int] = (0, 0)
@@ -120,6 +121,7 @@ class _Metadata:
     block_hashes: tuple[Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$")], ...]
     created_unix_seconds: Annotated[float, Field(ge=0)]
     block_tokens: Position = 0
+    epoch: Position = 0
     fit_append: Position | None = None
     floor: tuple[Position, Position] = _WHOLE
 
@@ -135,11 +137,10 @@ _NO_BASES = (0, 0)
 def to_metadata(header: SegmentHeader) -> dict[str, str]:
     identity, geometry = header.identity, header.geometry
     bases = geometry.basis_keys, geometry.basis_values
-    version = VERSION if header.appends else FIRST_VERSION if bases == _NO_BASES else BASES_VERSION
     return {
         "format": FORMAT,
-        "version": str(version),
-        "min_reader": str(version),
+        "version": str(_version(header)),
+        "min_reader": str(_version(header)),
         "tenant": identity.tenant,
         "session": identity.session,
         "generation": identity.generation,
@@ -162,6 +163,7 @@ def to_metadata(header: SegmentHeader) -> dict[str, str]:
         "block_hashes": _json([block.hex() for block in header.block_hashes]),
         "created_unix_seconds": repr(header.created_unix_seconds),
         **({"block_tokens": str(header.block_tokens)} if header.block_tokens else {}),
+        **({"epoch": str(header.epoch)} if header.epoch else {}),
         **({"appends": _APPENDS.dump_json(header.appends).decode()} if header.appends else {}),
         **({} if header.fit_append is None else {"fit_append": str(header.fit_append)}),
         **({} if header.floor == _WHOLE else {"floor": _json(header.floor)}),
@@ -208,10 +210,18 @@ def from_metadata(metadata: dict[str, str]) -> SegmentHeader:
         block_hashes=tuple(bytes.fromhex(block) for block in read.block_hashes),
         created_unix_seconds=read.created_unix_seconds,
         block_tokens=read.block_tokens,
+        epoch=read.epoch,
         appends=appends,
         fit_append=read.fit_append,
         floor=read.floor,
     )
+
+
+def _version(header: SegmentHeader) -> int:
+    """The oldest that has all that is in the object."""
+    if header.epoch or header.appends:
+        return VERSION if header.epoch else MERGED_VERSION
+    return BASES_VERSION if header.geometry.basis_keys or header.geometry.basis_values else FIRST_VERSION
 
 
 def _json(value: object) -> str:

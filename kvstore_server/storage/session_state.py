@@ -30,6 +30,7 @@ class AppendEntry:
     previous: int | None = None
     previous_digest: str = ""
     fit_range: tuple[int, int] | None = None
+    epoch: int = 0
     block_hashes: tuple[bytes, ...] = ()
     block_tokens: int = 0
     stored_bytes: int = 0
@@ -66,6 +67,7 @@ def entry_of(key: str, header: SegmentHeader, stored_bytes: int) -> AppendEntry:
         previous=header.previous,
         previous_digest=header.previous_digest,
         fit_range=header.fit_range,
+        epoch=header.epoch,
         block_hashes=header.block_hashes,
         block_tokens=header.block_tokens,
         stored_bytes=stored_bytes,
@@ -88,6 +90,7 @@ def merged_entries(key: str, header: SegmentHeader, merged: MergedRange) -> list
             previous=previous,
             previous_digest=previous_digest,
             fit_range=header.fit_range if number == header.fit_append else None,
+            epoch=header.epoch,
             block_hashes=append.block_hashes,
             block_tokens=append.block_tokens,
         )

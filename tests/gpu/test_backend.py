@@ -15,7 +15,7 @@ from kvstore_kernels.backend import ReferenceBackend
 from kvstore_kernels.cuda.backend import CudaBackend, open_cuda
 from kvstore_kernels.variance import ScoreNoise
 from kvstore_server.memory.device import DeviceMemory
-from kvstore_server.memory.resident import Block, ResidentSession
+from kvstore_server.memory.resident import Block, Epoch, ResidentSession
 from kvstore_server.scheduling.self_check import self_check
 from kvstore_server.sessions import attention
 from kvstore_server.sessions.model import Precision
@@ -41,7 +41,7 @@ def shape(head_dim: int = 128, heads: int = 2, group: int = 4) -> ModelShape:
 def session(spec: CodecSpec, of: ModelShape, tokens: int, backend: CudaBackend) -> ResidentSession:
     resident = ResidentSession(of, backend.pinned)
     plan = plan_for(spec, of, None)
-    resident.adopt(plan, SINKS)
+    resident.adopt([Epoch(SINKS, plan)])
     grow(resident, tokens)
     return resident
 
@@ -143,6 +143,33 @@ def test_the_best_of_a_coarse_pass_are_the_references(backend: CudaBackend, leve
     expected = attention.top_k(attention.Device(REFERENCE, None), prefix, q, 32, 96)()
     assert (scores - expected[1]).abs().max() < 1e-3
     assert (positions == expected[0]).float().mean() > 0.98, "but for ties"
+
+
+@pytest.mark.parametrize("end", [300, 301, 900, 1100, 3000])
+def test_a_session_of_several_epochs_answers_as_the_reference(backend: CudaBackend, end: int) -> None:
+    resident = session(SPECS["rotated"], shape(), 300, backend)
+    for planes, start, last in ((2, 300, 900), (3, 900, 3000)):
+        spec = CodecSpec(keys=Rotated(planes=planes), values=Rotated(planes=planes), mean="none", sink_tokens=SINKS)
+        resident.adopt([*resident.epochs, Epoch(start, plan_for(spec, shape(), None))])
+        grow(resident, last - start)
+    on_device = attention.Device(backend, DeviceMemory(backend, 64 * MIB, 16 * MIB))
+    on_host, q = (
+        attention.Device(REFERENCE, None),
+        torch.randn(3, 8, 128, generator=torch.Generator().manual_seed(9)).half(),
+    )
+    prefix = attention.Prefix(resident, 1, end, Precision())
+    assert on_device.memory is not None
+    with backend.ordered():
+        out, lse = attended(backend, on_device.blocks(prefix), q)
+        (scores,) = attention.score(on_device, prefix, 0, q)()
+        best = attention.top_k(on_device, attention.Prefix(resident, 1, end, Precision(keys_level=1)), q, 32, 96)()
+    expected_out, expected_lse = attended(REFERENCE, on_host.blocks(prefix), q)
+    assert (lse - expected_lse).abs().max() < 2e-3
+    assert (out - expected_out).norm() / expected_out.norm() < 1.5e-2
+    assert (scores - attention.score(on_host, prefix, 0, q)()[0]).abs().max() < 2e-3
+    expected = attention.top_k(on_host, attention.Prefix(resident, 1, end, Precision(keys_level=1)), q, 32, 96)()
+    assert (best[1] - expected[1]).abs().max() < 1e-3
+    assert (best[0] == expected[0]).float().mean() > 0.98, "but for ties"
 
 
 def test_a_session_that_grows_answers_as_one_that_came_whole(backend: CudaBackend) -> None:

@@ -41,7 +41,7 @@ def rows(tokens: int = 3) -> Tensor:
     return torch.randn(tokens, 6, D, generator=torch.Generator().manual_seed(9))
 
 
-def projection(metric: bool = True, heads: int = HEADS) -> bytes:
+def projection(metric: bool = True, heads: int = HEADS, max_position: int = 2000) -> bytes:
     parts: dict[str, Tensor] = {}
     for kind, x in zip(KINDS, vectors(2000, seed=5), strict=True):
         moments = [Moments(heads, D) for _ in range(LAYERS)]
@@ -60,7 +60,7 @@ def projection(metric: bool = True, heads: int = HEADS) -> bytes:
         kv_heads=heads,
         head_dim=D,
         metric="output",
-        max_position=2000,
+        max_position=max_position,
         calibration_tokens=2000,
         calibration_length=2000,
         has_metrics=metric,
@@ -198,6 +198,35 @@ async def test_a_fork_reads_with_its_parents_basis(tmp_path: Path) -> None:
         mine, its = await session.attend(0, q, end=700), await fork.attend(0, q, end=700)
         assert all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
         assert (await session.fetch_sketches()).fit == (await fork.fetch_sketches()).fit
+
+
+async def test_answers_say_how_many_of_their_positions_no_projection_was_calibrated_for(tmp_path: Path) -> None:
+    k, v = vectors(1000)
+    q = rows()
+    async with serving(tmp_path) as server, AsyncKVStoreClient(f"127.0.0.1:{server.port}") as client:
+        sha256 = await client.put_projection(projection(max_position=900))
+        made = codecs(sha256)
+        for name, beyond in (("projection", (100, 100)), ("own basis, lent metric", (100, 100)), ("session", (0, 0)),
+                             ("own means, lent basis", (100, 100)), ("mixed", (0, 100))):  # fmt: skip
+            session = await client.create_session(name.replace(" ", "_").replace(",", ""), SHAPE, made[name])
+            await session.append(k[:, :600], v[:, :600])
+            await session.append(k[:, 600:], v[:, 600:])
+            for layer in range(LAYERS):
+                answers = [
+                    (await session.attention(layer, q, end=end), await session.score(layer, q, end=end),
+                     await session.topk(layer, q, 5, end=end, oversampling=2))
+                    for end in (900, 1000)
+                ]  # fmt: skip
+                found = [{each.fidelity.positions_beyond for each in kinds} for kinds in answers]
+                assert found == [{0}, {beyond[layer]}], (name, layer)
+        late = await client.create_session("late", SHAPE, made["own basis, lent metric"])
+        await late.append(k[:, :10], v[:, :10])
+        await late.append(k[:, 10:510], v[:, 10:510])
+        await late.append(k[:, 510:], v[:, 510:])
+        assert (await late.attention(0, q)).fidelity.positions_beyond == 100
+        exact = await client.create_session("exact", SHAPE, made["own basis, lent metric"])
+        await exact.append(k[:, :300], v[:, :300])
+        assert (await exact.attention(0, q)).fidelity.positions_beyond == 0
 
 
 async def test_projections_are_kept_listed_and_given_back(tmp_path: Path) -> None:

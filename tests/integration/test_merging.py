@@ -48,8 +48,8 @@ def opening(folder: Path) -> tuple[float, float]:
     log.appends(state)
     opened = time.monotonic()
     live = LiveSession(state)
-    assert live.fit_entry
-    live.fit = read_fit(log, state, live.fit_entry)
+    live.fits = {entry.start: read_fit(log, state, entry) for entry in live.fit_entries}
+    assert live.fits
     resident = live.resident = ResidentSession(SHAPE)
     extend_resident(log, state, live.loadable(), TOKENS)
     assert resident.length == TOKENS

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvstore_kernels.types import Expansion
-from kvstore_kernels.variance import alpha_columns, score_variance, sum_of_squares
+from kvstore_kernels.variance import ScoreNoise, alpha_columns, mean_noise, score_variance, sum_of_squares
 from tests.kernels.inputs import assert_close, expansion, logits64, normal, sign_rows
 
 EXPANSIONS = [
@@ -40,3 +40,13 @@ def test_orthogonal_blocks_of_equal_noise_need_no_form() -> None:
         "thrd,hde,thre->thr", q.unflatten(1, (2, 2)), whole.noise_form[:, 0], q.unflatten(1, (2, 2))
     )
     assert_close(score_variance(q, whole, squares), (expected * squares.view(2, 1)).flatten(1).float(), rtol=1e-4)
+
+
+def test_the_noise_of_several_parts_is_the_mean_over_their_tokens() -> None:
+    """Whether or not some need no form."""
+    q, forms = normal(3, 4, 8), normal(2, 2, 8, 8)
+    factor = ScoreNoise(torch.tensor([0.3, 0.5]))
+    for parts in ([ScoreNoise(forms[0]), ScoreNoise(forms[1])], [factor, ScoreNoise(forms[1])], [factor, factor]):
+        expected = (30 * parts[0].variance(q) + 10 * parts[1].variance(q)) / 40
+        assert_close(mean_noise([(30, parts[0]), (10, parts[1])]).variance(q), expected, rtol=1e-5)
+    assert mean_noise([(7, factor)]) is factor

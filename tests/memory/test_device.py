@@ -11,7 +11,7 @@ from kvstore_kernels import DenseRows, SignRows, Signs
 from kvstore_kernels.cuda.pages import SignPages
 from kvstore_server.errors import ResourceExhausted
 from kvstore_server.memory.device import DeviceMemory
-from kvstore_server.memory.resident import Block, ResidentSession
+from kvstore_server.memory.resident import Block, Epoch, ResidentSession
 from tests.memory.fake_paging import FakePaging, rows_of
 
 SHAPE = ModelShape(layers=2, kv_heads=2, query_heads=4, head_dim=64, dtype="float16", sm_scale=0.125)
@@ -24,20 +24,19 @@ EXTENT = 2 * MIB
 
 def session(tokens: int, spec: CodecSpec = SPEC) -> ResidentSession:
     resident = ResidentSession(SHAPE)
-    resident.adopt(plan_for(spec, SHAPE, None), SINKS)
+    resident.adopt([Epoch(SINKS, plan_for(spec, SHAPE, None))])
     grow(resident, tokens)
     return resident
 
 
 def grow(resident: ResidentSession, tokens: int) -> None:
     """Random rows of any content; the device does not look into them."""
-    assert resident.plan is not None
     exact = max(0, min(tokens, SINKS - resident.length))
     layers = []
     for layer in range(SHAPE.layers):
         pair = []
         for kind in ("keys", "values"):
-            plan = resident.plan.of(layer, kind)
+            plan = resident.plan_of(layer, kind, resident.epoch_of(resident.length))
             layout = getattr(plan, "layout", None)
             rows = torch.randn(tokens if layout is None else exact, SHAPE.kv_heads, SHAPE.head_dim).half()
             signs = None
@@ -99,7 +98,7 @@ def test_before_the_fit_all_rows_are_exact_and_afterwards_stay() -> None:
     rows = torch.randn(100, SHAPE.kv_heads, SHAPE.head_dim).half()
     resident.extend(0, [(KindRows(rows, None), KindRows(rows, None))] * SHAPE.layers, 100)
     check(device, resident, 100)
-    resident.adopt(plan_for(SPEC, SHAPE, None), 100)
+    resident.adopt([Epoch(100, plan_for(SPEC, SHAPE, None))])
     grow(resident, 300)
     check(device, resident, 400)
 
@@ -168,17 +167,20 @@ def test_a_session_that_the_host_dropped_gives_its_pages_back() -> None:
 
 def forked(parent: ResidentSession, end: int) -> ResidentSession:
     child = ResidentSession(SHAPE)
-    assert parent.plan is not None
-    child.adopt(parent.plan, SINKS)
+    child.adopt([epoch for epoch in parent.epochs if epoch.start < end])
     child.parent, child.shared_end = weakref.ref(parent), end
-    rows = []
-    for layer in range(SHAPE.layers):
-        pair = [
-            KindRows(parent.exact_rows(layer, kind, 0, SINKS), parent.signs(layer, kind, SINKS, end))
-            for kind in ("keys", "values")
-        ]
-        rows.append((pair[0], pair[1]))
-    child.extend(0, rows, end)
+    for _, first, last in parent.sketched_ranges(0, end):
+        begin = child.length  # exact rows come with the first sketches
+        rows = []
+        for layer in range(SHAPE.layers):
+            pair = [
+                KindRows(
+                    parent.exact_rows(layer, kind, begin, min(SINKS, first)), parent.signs(layer, kind, first, last)
+                )
+                for kind in ("keys", "values")
+            ]
+            rows.append((pair[0], pair[1]))
+        child.extend(begin, rows, last - begin)
     return child
 
 
@@ -196,6 +198,49 @@ def test_a_fork_shares_full_pages_and_neither_sees_the_others_appends() -> None:
     for resident in (child, parent, child):
         check(device, resident, resident.length, 0)
         check(device, resident, resident.length, 1)
+
+
+def with_epochs(tokens: int) -> ResidentSession:
+    """Sketches of four planes, then of two from position 300 on, then of three from position 900 on."""
+    resident = session(min(tokens, 300))
+    for planes, start, end in ((2, 300, 900), (3, 900, tokens)):
+        spec = CodecSpec(keys=Rotated(planes=planes), values=Rotated(planes=planes), mean="none")
+        resident.adopt([*resident.epochs, Epoch(start, plan_for(spec, SHAPE, None))])
+        grow(resident, min(tokens, end) - start)
+    return resident
+
+
+@pytest.mark.parametrize("end", [299, 300, 301, 512, 899, 901, 1100])
+def test_every_epoch_has_pages_of_its_own(end: int) -> None:
+    resident, (device, paging) = with_epochs(1100), memory()
+    for first, last in ((0, end), (0, 1100), (280, min(end + 1, 1100))):
+        check(device, resident, last, start=first)
+    assert paging.packed_rows == 2 * (1100 - SINKS)
+    grow(resident, 100)
+    check(device, resident, 1200)
+
+
+def test_a_fork_shares_full_pages_of_every_epoch() -> None:
+    parent, (device, paging) = with_epochs(1700), memory()
+    check(device, parent, 1700)
+    child = forked(parent, 1600)
+    before = paging.packed_rows
+    check(device, child, 1600)
+    # Of two kinds: pages 0; 1 and 2 of epoch 1, the first and the last of which others have parts of; 3 to 5.
+    assert device.counts["shared_pages"] == 2 * (1 + 2 + 3)
+    assert paging.packed_rows - before == 2 * ((300 - 256) + (900 - 768) + (1600 - 1536))
+    grow(child, 400)
+    grow(parent, 400)
+    for resident in (child, parent):
+        check(device, resident, resident.length)
+
+
+def test_epochs_are_streamed_too() -> None:
+    resident = with_epochs(9000)
+    device, _ = memory(size_bytes=EXTENT)
+    for layer in (0, 1):
+        check(device, resident, 9000, layer)
+    assert device.counts["streamed_layers"] == 2
 
 
 def test_shared_pages_outlive_the_parent() -> None:

@@ -128,7 +128,7 @@ def test_a_cut_segment_reads_at_its_floor_and_below_as_it_did_and_can_be_cut_aga
     log = server.registry.log(TENANT)
     state, _ = log.create("a", SHAPE, SPEC)
     whole = next_segment(log, state, 5, widths=(3, 1))
-    cut = cut_segment(whole, PLAN, (1, 0))
+    cut = cut_segment(whole, [PLAN], (1, 0))
     plan = PLAN.of(1, "keys")
     assert isinstance(plan, SignPlan)
     kept = plan.levels[1].read_words(0)

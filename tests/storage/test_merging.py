@@ -72,6 +72,26 @@ def test_merged_appends_are_what_they_were_for_every_reader(log: CommitLog, stor
     assert verify_store(store).damaged == []
 
 
+def test_only_appends_of_one_epoch_are_merged(log: CommitLog, store: MemoryStore) -> None:
+    """Their sketches have other words: of the second epoch three, of the first one."""
+    state = created(log)
+    for seed, (epoch, fit) in enumerate([(0, None), (0, 0), (0, None), (1, 1), (1, None), (1, None), (2, 2)]):
+        made = None if fit is None else random_fit(SHAPE, seed=fit)
+        widths = (3, 1) if epoch else (1, 1)
+        log.commit(state, next_segment(log, state, 2, seed=seed, widths=widths, fit=made, epoch=epoch))
+    before = [(e.epoch, e.fit_range, e.digest) for e in log.appends(state)]
+    found = [merge(store), merge(store), merge(store)]
+    assert [(each.start, each.end) for each in found if each] == [(0, 6), (6, 12)]
+    again = loaded(commit_log(store))
+    entries = log.appends(again)
+    assert [(e.epoch, e.fit_range, e.digest) for e in entries] == before
+    assert [log.read(again, entries[place]).fit for place in (0, 3, 6)] == [random_fit(SHAPE, seed=n) for n in range(3)]
+    assert [log.read(again, entries[place]).header.epoch for place in (0, 3, 6)] == [0, 1, 2]
+    assert verify_store(store).damaged == []
+    with pytest.raises(ValueError, match="several fits"):
+        merged_segment([log.read(again, entries[0]), log.read(again, entries[3])], 0.0)
+
+
 def test_replaced_objects_go_after_the_grace_and_a_reader_who_knows_only_them_goes_on(
     log: CommitLog, store: MemoryStore
 ) -> None:

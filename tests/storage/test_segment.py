@@ -35,12 +35,14 @@ def segment(
     shape: ModelShape = SHAPE,
     widths: tuple[int, int] = (1, 1),
     fit: Fit | None = None,
+    epoch: int = 0,
     block_hashes: tuple[bytes, ...] = (),
     seed: int = 0,
 ) -> Segment:
     log = commit_log(MemoryStore())
     state, _ = log.create("name", shape, SPEC)
-    return next_segment(log, state, tokens, exact=exact, widths=widths, fit=fit, block_hashes=block_hashes, seed=seed)
+    more = {"fit": fit, "epoch": epoch, "block_hashes": block_hashes}
+    return next_segment(log, state, tokens, exact=exact, widths=widths, seed=seed, **more)
 
 
 def written(source: Segment) -> bytes:
@@ -90,6 +92,14 @@ def test_bases_of_a_fit_are_read_again_and_ask_for_a_newer_reader(bases: tuple[i
     assert load(data)["fit.basis_keys" if bases[0] else "fit.basis_values"].dtype == torch.float16
     assert b'"version":"2","min_reader":"2"' in data
     assert b'"version":"1","min_reader":"1"' in written(segment(5, 1, fit=random_fit(SHAPE)))
+
+
+def test_an_epoch_is_read_again_and_asks_for_a_newer_reader() -> None:
+    for fit in (None, random_fit(SHAPE, bases=(1, 0))):
+        source = segment(5, 0, fit=fit, epoch=2)
+        data = written(source)
+        assert read_segment(data, IDENTITY).header == source.header
+        assert b'"version":"4","min_reader":"4"' in data
 
 
 def test_nan_and_infinity_survive_in_exact_rows() -> None:
@@ -216,8 +226,8 @@ def test_a_damaged_fit_and_damaged_checksums_are_named() -> None:
 def test_a_newer_format_is_refused_as_such_and_an_older_reader_may_go_on() -> None:
     data = written(segment())
     with pytest.raises(FailedPrecondition):
-        read_segment(rewritten(data, lambda f: f["__metadata__"].update(version="4", min_reader="4")), IDENTITY)
-    readable = rewritten(data, lambda f: f["__metadata__"].update(version="4", something="new"))
+        read_segment(rewritten(data, lambda f: f["__metadata__"].update(version="5", min_reader="5")), IDENTITY)
+    readable = rewritten(data, lambda f: f["__metadata__"].update(version="5", something="new"))
     assert read_segment(readable, IDENTITY).header.tokens == 3
 
 
@@ -249,6 +259,7 @@ LIES = {
     "bases that are not there": lie(fit_range="[0,4]", fit_bases="[2,2]"),
     "huge bases": lie(fit_range="[0,4]", fit_bases="[1025,0]"),
     "one number of bases": lie(fit_range="[0,4]", fit_bases="[1]"),
+    "a negative epoch": lie(epoch="-1"),
     "not a number": lie(created_unix_seconds="nan"),
     "another format": lie(format="other"),
     "metadata that is no strings": lambda h: h["__metadata__"].update(tokens=3),

@@ -976,11 +976,16 @@ class Fidelity(_message.Message):
     PRECISION_FIELD_NUMBER: _builtins.int
     SCORE_STDERR_FIELD_NUMBER: _builtins.int
     EXACT_FIELD_NUMBER: _builtins.int
+    POSITIONS_BEYOND_FIELD_NUMBER: _builtins.int
     codec: _builtins.str
     codec_fingerprint: _builtins.str
     score_stderr: _builtins.float
     """Standard error of a logit (after sm_scale), root mean square over the sketched keys and query rows."""
     exact: _builtins.bool
+    positions_beyond: _builtins.int
+    """The last so many positions of the prefix are sketched and beyond the lowest max_position of the projections that the
+    layer's codecs name.
+    """
     @_builtins.property
     def precision(self) -> Global___Precision: ...
     def __init__(
@@ -991,10 +996,11 @@ class Fidelity(_message.Message):
         precision: Global___Precision | None = ...,
         score_stderr: _builtins.float = ...,
         exact: _builtins.bool = ...,
+        positions_beyond: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["precision", b"precision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "codec_fingerprint", b"codec_fingerprint", "exact", b"exact", "precision", b"precision", "score_stderr", b"score_stderr"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "codec_fingerprint", b"codec_fingerprint", "exact", b"exact", "positions_beyond", b"positions_beyond", "precision", b"precision", "score_stderr", b"score_stderr"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1486,7 +1492,7 @@ class FetchRequest(_message.Message):
     token_start: _builtins.int
     token_end: _builtins.int
     decoded: _builtins.bool
-    """False: packed sketches with the fit. True: vectors in dtype."""
+    """False: packed sketches with the fit, all of one (else FAILED_PRECONDITION, SEVERAL_FITS). True: vectors in dtype."""
     dtype: Global___Dtype.ValueType
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
@@ -1568,7 +1574,7 @@ class FetchHeader(_message.Message):
     def session(self) -> Global___Session: ...
     @_builtins.property
     def mean_keys(self) -> Global___Tensor:
-        """float32 [layers, kv_heads, head_dim]; unset without a fit."""
+        """float32 [layers, kv_heads, head_dim] of the fit of these tokens, the newest for none; unset without a fit."""
 
     @_builtins.property
     def mean_values(self) -> Global___Tensor: ...
