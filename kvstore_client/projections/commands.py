@@ -16,8 +16,8 @@ from kvstore_client.projections.coarse_to_fine import coarse_to_fine
 from kvstore_client.projections.fit import gather, projection_of
 from kvstore_client.projections.needles import needles, recall
 from kvstore_client.projections.quality import measure
-from kvstore_client.projections.quality_report import Report, write_pareto
-from kvstore_client.projections.rows import CodecRow
+from kvstore_client.projections.quality_report import Report, read_quality, write_pareto
+from kvstore_client.projections.rows import CodecRow, Projections
 from kvstore_client.projections.show import show
 from kvstore_client.projections.texts import sequences
 from kvstore_codecs.artifact import Metric, read_projection
@@ -58,6 +58,7 @@ class Wanted:
     """What `kvstore bench quality` measures: `count` sequences of `length` tokens of `text` from `skip` on.
 
     `direct`: by the ops alone, on `device`. `needles` facts are planted at every depth of texts of `needle_lengths`.
+    `tables` were written by such runs: their rows are not measured again.
     """
 
     model: str
@@ -74,6 +75,7 @@ class Wanted:
     needle_lengths: Sequence[int]
     needle_rows: Sequence[str]
     seed: int
+    tables: Sequence[Path] = ()
 
 
 def quality(wanted: Wanted, json_file: Path | None, plot: Path | None) -> None:
@@ -84,13 +86,15 @@ def quality(wanted: Wanted, json_file: Path | None, plot: Path | None) -> None:
     network, tokenizer = loaded(wanted.model, wanted.device, console)
     files = {name: file.read_bytes() for name, file in wanted.projections.items()}
     known = {name: read_projection(data) for name, data in files.items()}
-    named = list(dict.fromkeys([*wanted.rows, *wanted.needle_rows]))
+    setting = _setting(wanted, known, files)
+    before = {name: each for file in wanted.tables for name, each in read_quality(file, setting).items()}
+    named = list(dict.fromkeys([*before, *wanted.rows, *wanted.needle_rows]))
     shape, ops = shape_of(network), cpu_backend()
     made = {row: CodecRow.parse(row, shape, known, ops) for row in named}
-    rows = {name: made[name] for name in wanted.rows}
+    rows = {name: made[name] for name in wanted.rows if name not in before}
     asked = {name: made[name] for name in wanted.needle_rows}
     texts = sequences(wanted.text, tokenizer, wanted.length, wanted.count, wanted.skip)
-    coarse = {name: row for name, row in rows.items() if row.level and row.kinds == "keys"}
+    coarse = {name: made[name] for name in wanted.rows if made[name].level and made[name].kinds == "keys"}
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("measuring", total=wanted.count * len(rows))
 
@@ -110,7 +114,8 @@ def quality(wanted: Wanted, json_file: Path | None, plot: Path | None) -> None:
             planted = needles(hay, tokenizer, wanted.needle_lengths, wanted.needles, wanted.seed)
             task = progress.add_task("asking", total=len(planted) * (1 + len(asked)))
             hits = recall(network, planted, asked, done)
-        report = Report(_setting(wanted, files), rows, found, hits, coarse_to_fine(network, texts[0], coarse))
+        found = before | found
+        report = Report(setting, made, found, hits, coarse_to_fine(network, texts[0], coarse) if coarse else {})
     _print(report)
     if json_file is not None:
         report.write_json(json_file)
@@ -129,13 +134,14 @@ def _print(report: Report) -> None:
         print(f"projection {name}: {size:,} bytes, once for all sessions")
 
 
-def _setting(wanted: Wanted, files: Mapping[str, bytes]) -> dict[str, object]:
+def _setting(wanted: Wanted, known: Projections, files: Mapping[str, bytes]) -> dict[str, object]:
     how = "direct" if wanted.direct else "client and server"
     where = torch.cuda.get_device_name(wanted.device) if wanted.device != "cpu" else "CPU"
     return {
         "title": f"{wanted.count} x {wanted.length} tokens of {wanted.text.name} from {wanted.skip}, {how}, {where}",
         "from_token": wanted.from_token,
         "seed": wanted.seed,
+        "projections": {name: projection.sha256 for name, projection in known.items()},
         "projection_bytes": {name: len(data) for name, data in files.items()},
     }
 

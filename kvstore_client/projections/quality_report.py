@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from rich.table import Table
@@ -111,18 +111,21 @@ class Report:
 
 def write_pareto(file: Path, title: str, rows: Mapping[str, tuple[float, float]]) -> None:
     """KL by stored bits a number, both logarithmic, a panel for each of keys, values and both; lines join a codec's."""
+    from matplotlib import colormaps  # pyright: ignore[reportMissingImports]
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
     kinds = [kind for kind in ("keys", "values", "both") if any(name.startswith(kind) for name in rows)]
     figure = Figure(figsize=(5.2 * len(kinds), 4.6), layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         lines: dict[str, list[tuple[float, float]]] = {}
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)  # more lines than the default has colours
         for name, point in rows.items():
             of_kind, codec, _, *basis = name.split(":")
             if of_kind == kind and "@" not in name:
                 lines.setdefault(" ".join([codec, *basis]), []).append(point)
         for label, points in lines.items():
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, linewidth=1, label=label)
+            style = {"matryoshka": "-", "projected": "--"}.get(label.split()[0], ":")
+            axes.plot(*zip(*sorted(points), strict=True), style, marker="o", markersize=3, linewidth=1, label=label)
         axes.set(title=kind, xlabel="bits a number, with scales", ylabel="KL of the next token")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -132,7 +135,22 @@ def write_pareto(file: Path, title: str, rows: Mapping[str, tuple[float, float]]
     figure.savefig(file, dpi=150)
 
 
-def pareto_points(file: Path) -> dict[str, tuple[float, float]]:
-    """Of a table that was written as JSON."""
-    rows = json.loads(file.read_text())["rows"]
-    return {row["row"]: (row["code"] + row["scales"], row["kl"]) for row in rows}
+def read_quality(file: Path, setting: Mapping[str, object]) -> dict[str, Quality]:
+    """Rows of a table that was written as JSON; ValueError, naming what differs, if it was measured in another way."""
+    try:
+        table = json.loads(file.read_text())
+        names = {each.name for each in fields(Quality)}
+        rows = {row["row"]: Quality(**{name: row[name] for name in names}) for row in table["rows"]}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file.name} is no table of bench quality") from None
+    for name, ours in setting.items():
+        if _differ(table.get(name), ours):
+            raise ValueError(f"{file.name} is of a run with {name} {table.get(name)}, this one has {ours}")
+    return rows
+
+
+def _differ(theirs: object, ours: object) -> bool:
+    """Of what is told by projection, the first one's, which rows need not name, and what both have."""
+    if not (isinstance(theirs, dict) and isinstance(ours, dict)):
+        return theirs != ours
+    return list(theirs)[:1] != list(ours)[:1] or any(theirs[name] != ours[name] for name in theirs.keys() & ours.keys())
