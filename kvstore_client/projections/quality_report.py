@@ -64,10 +64,9 @@ class Report:
 
     def after(self, other: "Report") -> "Report":
         """With the other's rows before its own; ValueError, naming what differs, if they are not of one setting."""
-        first = {"first projection": next(iter(self.projections), None)}
-        theirs = {**other.setting, "first projection": next(iter(other.projections), None), **other.projections}
-        for name, ours in {**self.setting, **first, **self.projections}.items():
-            if ours is not None and theirs.get(name, ours) not in (None, ours):
+        theirs = {**other.setting, **other.projections}
+        for name, ours in {**self.setting, **self.projections}.items():
+            if theirs.get(name, ours) != ours:
                 raise ValueError(f"a table is of a run with {name} {theirs[name]}, this one has {ours}")
         return replace(
             self,
@@ -187,7 +186,7 @@ def write_pareto(file: Path, report: Report) -> None:
         axes.set(title=kind, xlabel="bits a number, with scales", ylabel="KL of the next token")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=6, loc="lower left")
         axes.grid(alpha=0.3)
     figure.suptitle(report.title, size=9)
     figure.savefig(file, dpi=150)

@@ -267,7 +267,7 @@ def test_the_commands_fit_show_and_measure(tmp_path: Path, monkeypatch: pytest.M
         (("projections", "show", str(text)), "a projection's header"),
         (("bench", "quality", "--text", str(text), "--row", "keys:best:1"), "is no row"),
         (("bench", "quality", *more, "--from-token", "1"), "a table is of a run with"),
-        (("bench", "quality", *more, "--projection", f"two={out}", "--table", str(text)), "is no table"),
+        (("bench", "quality", "--text", str(text), "--table", str(text)), "is no table"),
         (("bench", "quality", "--text", str(text), "--device", "cuda:0"), "with --direct"),
     ):
         refused = run(*args)
