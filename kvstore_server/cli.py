@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from kvstore_server.commands.arguments import (
@@ -63,7 +64,7 @@ def main() -> None:
 
         if not isinstance(error, KVStoreError):
             raise
-        Console(stderr=True).print(f"[red]{error.code}[/]: {error}", highlight=False)
+        Console(stderr=True).print(f"[red]{error.code}[/]: {escape(error.args[0])}", highlight=False)
         sys.exit(1)
 
 

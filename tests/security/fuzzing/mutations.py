@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from random import Random
 from typing import Any
 
@@ -90,7 +91,8 @@ def _scalar(field: Any, value: Any, chance: Random) -> Any:
         return _changed_data(bytes(value), chance)
     assert kind == Field.CPPTYPE_STRING, f"the protocol has a new type of field: {field.full_name}"
     if field.name.endswith("_json") and value and chance.random() < 0.8:
-        return json.dumps(_changed_json(json.loads(value), chance))
+        with suppress(ValueError, RecursionError):  # a change before this one may have left no JSON
+            return json.dumps(_changed_json(json.loads(value), chance))
     return chance.choice([*TEXTS, value + "x", value[1:], "[" * 50_000, "x" * 70_000])
 
 
