@@ -172,7 +172,7 @@ def write_pareto(file: Path, report: Report) -> None:
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
     kinds = [kind for kind in ("keys", "values", "both") if any(name.startswith(kind) for name in report.lines)]
-    figure = Figure(figsize=(5.2 * len(kinds), 4.6), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(kinds), 5.6), layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         lines: dict[str, list[tuple[float, float]]] = {}
         axes.set_prop_cycle(color=colormaps["tab20"](range(20)))  # more lines than the default has colours
@@ -186,7 +186,7 @@ def write_pareto(file: Path, report: Report) -> None:
         axes.set(title=kind, xlabel="bits a number, with scales", ylabel="KL of the next token")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.legend(fontsize=6, loc="lower left")
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
         axes.grid(alpha=0.3)
     figure.suptitle(report.title, size=9)
     figure.savefig(file, dpi=150)
