@@ -287,6 +287,9 @@ def bench_quality(
     needle_length: Annotated[list[int] | None, typer.Option(min=512, help="Tokens, repeatable")] = None,
     needle_row: Annotated[list[str] | None, typer.Option(help="Rows asked for facts; as --row")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the planted facts")] = 0,
+    table: Annotated[
+        list[Path] | None, typer.Option(help="JSON of such a run, whose rows are taken over; repeatable", exists=True)
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write what was found as JSON too")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw KL by bits as PNG (extra `bench`)")] = None,
 ) -> None:
@@ -295,7 +298,7 @@ def bench_quality(
         from kvstore_client.projections.commands import Wanted, quality
         from kvstore_client.projections.rows import DEFAULT
 
-        rows = row or DEFAULT
+        rows = row or (() if table else DEFAULT)
         wanted = Wanted(
             model=model,
             text=text,
@@ -311,6 +314,7 @@ def bench_quality(
             needle_lengths=needle_length or (length,),
             needle_rows=needle_row or rows,
             seed=seed,
+            tables=table or (),
         )
         quality(wanted, json, plot)
 

@@ -37,6 +37,8 @@ def coarse_to_fine(
 ) -> dict[tuple[str, int], CoarseToFine]:
     """By row, of those that read a coarser level of keys, and oversampling; on one text [1, T] in the exact model."""
     calls: list[LayerCall] = []
+    if not rows:
+        return {}
     with torch.inference_mode():
         _, seen = exact_pass(model, ids.to(model.device), calls.append)
         plans = {name: row.plan(seen) for name, row in rows.items()}

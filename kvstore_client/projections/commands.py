@@ -16,7 +16,7 @@ from kvstore_client.projections.coarse_to_fine import coarse_to_fine
 from kvstore_client.projections.fit import gather, projection_of
 from kvstore_client.projections.needles import needles, recall
 from kvstore_client.projections.quality import measure
-from kvstore_client.projections.quality_report import Report, write_pareto
+from kvstore_client.projections.quality_report import Line, Report, Stored, write_pareto
 from kvstore_client.projections.rows import CodecRow
 from kvstore_client.projections.show import show
 from kvstore_client.projections.texts import sequences
@@ -58,6 +58,7 @@ class Wanted:
     """What `kvstore bench quality` measures: `count` sequences of `length` tokens of `text` from `skip` on.
 
     `direct`: by the ops alone, on `device`. `needles` facts are planted at every depth of texts of `needle_lengths`.
+    `tables` were written by such runs: their rows are not measured again.
     """
 
     model: str
@@ -74,6 +75,7 @@ class Wanted:
     needle_lengths: Sequence[int]
     needle_rows: Sequence[str]
     seed: int
+    tables: Sequence[Path] = ()
 
 
 def quality(wanted: Wanted, json_file: Path | None, plot: Path | None) -> None:
@@ -84,20 +86,24 @@ def quality(wanted: Wanted, json_file: Path | None, plot: Path | None) -> None:
     network, tokenizer = loaded(wanted.model, wanted.device, console)
     files = {name: file.read_bytes() for name, file in wanted.projections.items()}
     known = {name: read_projection(data) for name, data in files.items()}
+    stored = {name: Stored(projection.sha256, len(files[name])) for name, projection in known.items()}
+    before = Report(_setting(wanted), (), {})
+    for file in wanted.tables:
+        before = Report.read(file).after(before)
     named = list(dict.fromkeys([*wanted.rows, *wanted.needle_rows]))
     shape, ops = shape_of(network), cpu_backend()
     made = {row: CodecRow.parse(row, shape, known, ops) for row in named}
-    rows = {name: made[name] for name in wanted.rows}
+    rows = {name: made[name] for name in wanted.rows if name not in before.lines}
     asked = {name: made[name] for name in wanted.needle_rows}
     texts = sequences(wanted.text, tokenizer, wanted.length, wanted.count, wanted.skip)
-    coarse = {name: row for name, row in rows.items() if row.level and row.kinds == "keys"}
+    coarse = {name: made[name] for name in wanted.rows if made[name].level and made[name].kinds == "keys"}
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("measuring", total=wanted.count * len(rows))
 
         def done(count: int) -> None:
             progress.update(task, completed=count)
 
-        if wanted.direct:
+        if wanted.direct or not rows:
             found = measure(network, texts, rows, from_token=wanted.from_token, done=done)
         else:
             from kvstore_client.projections.served import measure_served  # the ops alone need no gRPC
@@ -110,13 +116,14 @@ def quality(wanted: Wanted, json_file: Path | None, plot: Path | None) -> None:
             planted = needles(hay, tokenizer, wanted.needle_lengths, wanted.needles, wanted.seed)
             task = progress.add_task("asking", total=len(planted) * (1 + len(asked)))
             hits = recall(network, planted, asked, done)
-        report = Report(_setting(wanted, files), rows, found, hits, coarse_to_fine(network, texts[0], coarse))
+        lines = {name: Line.of(rows[name], quality) for name, quality in found.items()}
+        closer = coarse_to_fine(network, texts[0], coarse)
+        report = Report(_setting(wanted), _devices(wanted, named), stored, lines, hits, closer).after(before)
     _print(report)
     if json_file is not None:
         report.write_json(json_file)
     if plot is not None:
-        points = {name: (made[name].bits().total, each.kl) for name, each in found.items()}
-        write_pareto(plot, str(report.setting["title"]), points)
+        write_pareto(plot, report)
 
 
 def _print(report: Report) -> None:
@@ -125,19 +132,23 @@ def _print(report: Report) -> None:
     for table in tables:
         if table is not None:
             console.print(table, highlight=False)
-    for name, size in report.setting["projection_bytes"].items():  # pyright: ignore[reportAttributeAccessIssue]
-        print(f"projection {name}: {size:,} bytes, once for all sessions")
+    for name, stored in report.projections.items():
+        print(f"projection {name}: {stored.bytes:,} bytes, once for all sessions")
 
 
-def _setting(wanted: Wanted, files: Mapping[str, bytes]) -> dict[str, object]:
+def _setting(wanted: Wanted) -> dict[str, object]:
     how = "direct" if wanted.direct else "client and server"
-    where = torch.cuda.get_device_name(wanted.device) if wanted.device != "cpu" else "CPU"
     return {
-        "title": f"{wanted.count} x {wanted.length} tokens of {wanted.text.name} from {wanted.skip}, {how}, {where}",
+        "title": f"{wanted.count} x {wanted.length} tokens of {wanted.text.name} from {wanted.skip}, {how}",
         "from_token": wanted.from_token,
         "seed": wanted.seed,
-        "projection_bytes": {name: len(data) for name, data in files.items()},
     }
+
+
+def _devices(wanted: Wanted, measured: Sequence[str]) -> tuple[str, ...]:
+    if not measured:
+        return ()
+    return ("CPU" if wanted.device == "cpu" else torch.cuda.get_device_name(wanted.device),)
 
 
 def loaded(model: str, device: str, console: Console) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

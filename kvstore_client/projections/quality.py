@@ -67,7 +67,7 @@ def measure(
     """Each row over texts [1, T], from `from_token` of each on; `done` gets how many (text, row) pairs are behind."""
     sums = {name: torch.zeros(7, dtype=torch.float64) for name in rows}
     with torch.inference_mode():
-        for index, ids in enumerate(texts):
+        for index, ids in enumerate(texts if rows else ()):
             exact, seen = exact_pass(model, ids := ids.to(model.device))
             for number, (name, row) in enumerate(rows.items()):
                 attention = row(seen)

@@ -1,9 +1,9 @@
 """What `kvstore bench quality` found, as tables, as JSON and as a picture."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -13,36 +13,92 @@ from kvstore_client.projections.rows import CodecRow
 
 LENGTHS = (1024, 32_768, 131_072)
 """Of the sessions whose bits are told with their own means and bases."""
+SETTING = ("title", "from_token", "seed")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the table: what it costs and, in bits a number, what it stores, `at` sessions of so many tokens."""
+
+    quality: Quality
+    code: float
+    scales: float
+    at: dict[int, float]
+
+    @classmethod
+    def of(cls, row: CodecRow, quality: Quality) -> "Line":
+        bits = row.bits()
+        return cls(quality, bits.code, bits.scales, {tokens: row.bits_at(tokens) for tokens in LENGTHS})
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A projection that rows may name."""
+
+    sha256: str
+    bytes: int
 
 
 @dataclass(frozen=True)
 class Report:
+    """What was found in one setting, on these devices."""
+
     setting: dict[str, object]
-    rows: dict[str, CodecRow]
-    quality: dict[str, Quality] = field(default_factory=dict)
+    devices: tuple[str, ...]
+    projections: dict[str, Stored]
+    lines: dict[str, Line] = field(default_factory=dict)
     needles: dict[str, dict[tuple[int, float], float]] = field(default_factory=dict)
     coarse: dict[tuple[str, int], CoarseToFine] = field(default_factory=dict)
 
+    @classmethod
+    def read(cls, file: Path) -> "Report":
+        """The rows of a table that was written as JSON; ValueError if it is none."""
+        try:
+            table = json.loads(file.read_text())
+            setting = {name: table[name] for name in SETTING}
+            projections = {name: Stored(**stored) for name, stored in table["projections"].items()}
+            lines = {row["row"]: _line(row) for row in table["rows"]}
+            return cls(setting, tuple(table["devices"]), projections, lines)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{file.name} is no table of bench quality") from None
+
+    def after(self, other: "Report") -> "Report":
+        """With the other's rows before its own; ValueError, naming what differs, if they are not of one setting."""
+        theirs = {**other.setting, **other.projections}
+        for name, ours in {**self.setting, **self.projections}.items():
+            if theirs.get(name, ours) != ours:
+                raise ValueError(f"a table is of a run with {name} {theirs[name]}, this one has {ours}")
+        return replace(
+            self,
+            devices=tuple(dict.fromkeys([*other.devices, *self.devices])),
+            projections=other.projections | self.projections,
+            lines=other.lines | self.lines,
+        )
+
+    @property
+    def title(self) -> str:
+        return f"{self.setting['title']}, {', '.join(self.devices)}"
+
     def quality_table(self) -> Table:
-        table = Table(title=str(self.setting["title"]))
+        table = Table(title=self.title)
         for heading in ("row", "code + scales", *(f"at {n:,}" for n in LENGTHS), "of fp16"):
             table.add_column(heading, justify="left" if heading == "row" else "right", no_wrap=True)
         for heading in ("perplexity", "KL", "top-1 same", "output error"):
             table.add_column(heading, justify="right", no_wrap=True)
-        for name, found in self.quality.items():
-            bits, row = self.rows[name].bits(), self.rows[name]
+        for name, line in self.lines.items():
+            found = line.quality
             table.add_row(
                 name,
-                f"{bits.code:.3g} + {bits.scales:.2g}",
-                *(f"{row.bits_at(tokens):.2f}" for tokens in LENGTHS),
-                f"{bits.total / 16:.3f}",
+                f"{line.code:.3g} + {line.scales:.2g}",
+                *(f"{line.at[tokens]:.2f}" for tokens in LENGTHS),
+                f"{(line.code + line.scales) / 16:.3f}",
                 f"{found.perplexity_rise:+.2%}",
                 f"{found.kl:.4f}",
                 f"{found.top1:.3f}",
                 f"{found.output_error:.3f}" if found.output_error else "",
             )
-        if self.quality:
-            exact = next(iter(self.quality.values())).perplexity_exact
+        if self.lines:
+            exact = next(iter(self.lines.values())).quality.perplexity_exact
             table.add_row("exact", "16", *["16.00"] * len(LENGTHS), "1", f"{exact:.3f}", "0", "1", "0")
         return table
 
@@ -52,19 +108,19 @@ class Report:
         for heading in ("row", "KL", "direct", "ratio"):
             table.add_column(heading, justify="left" if heading == "row" else "right")
         for name, direct in self._levels().items():
-            ours, theirs = self.quality[name].kl, self.quality[direct].kl
+            ours, theirs = self.lines[name].quality.kl, self.lines[direct].quality.kl
             table.add_row(f"{name} / {direct}", f"{ours:.4f}", f"{theirs:.4f}", f"{ours / theirs:.3f}")
         return table if table.row_count else None
 
     def _levels(self) -> dict[str, str]:
         """Rows that read a level to the rows that store no more."""
         found = {}
-        for name, row in self.rows.items():
+        for name in self.lines:
             head, _, level = name.partition("@")
             if level:
                 kinds, codec, bits, *basis = head.split(":")
-                direct = ":".join([kinds, codec, f"{float(bits) - row.level:g}", *basis])
-                if name in self.quality and direct in self.quality:
+                direct = ":".join([kinds, codec, f"{float(bits) - int(level):g}", *basis])
+                if direct in self.lines:
                     found[name] = direct
         return found
 
@@ -91,11 +147,10 @@ class Report:
         return table if self.coarse else None
 
     def write_json(self, file: Path) -> None:
-        rows = []
-        for name, found in self.quality.items():
-            row = self.rows[name]
-            at = {str(tokens): row.bits_at(tokens) for tokens in LENGTHS}
-            rows.append({"row": name, **asdict(found), **asdict(row.bits()), "bits_at": at})
+        rows = [
+            {"row": name, **asdict(line.quality), "code": line.code, "scales": line.scales, "bits_at": line.at}
+            for name, line in self.lines.items()
+        ]
         needles = [
             {"row": name, "length": length, "depth": depth, "found": share}
             for name, hits in self.needles.items()
@@ -105,34 +160,38 @@ class Report:
             {"row": name, "oversampling": oversampling, **asdict(found)}
             for (name, oversampling), found in self.coarse.items()
         ]
-        report = {**self.setting, "rows": rows, "needles": needles, "coarse_to_fine": coarse}
+        stored = {name: asdict(projection) for name, projection in self.projections.items()}
+        of = {**self.setting, "devices": self.devices, "projections": stored}
+        report = {**of, "rows": rows, "needles": needles, "coarse_to_fine": coarse}
         file.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def write_pareto(file: Path, title: str, rows: Mapping[str, tuple[float, float]]) -> None:
+def write_pareto(file: Path, report: Report) -> None:
     """KL by stored bits a number, both logarithmic, a panel for each of keys, values and both; lines join a codec's."""
+    from matplotlib import colormaps  # pyright: ignore[reportMissingImports]
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
-    kinds = [kind for kind in ("keys", "values", "both") if any(name.startswith(kind) for name in rows)]
-    figure = Figure(figsize=(5.2 * len(kinds), 4.6), layout="constrained")
+    kinds = [kind for kind in ("keys", "values", "both") if any(name.startswith(kind) for name in report.lines)]
+    figure = Figure(figsize=(5.2 * len(kinds), 5.6), layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         lines: dict[str, list[tuple[float, float]]] = {}
-        for name, point in rows.items():
+        axes.set_prop_cycle(color=colormaps["tab20"](range(20)))  # more lines than the default has colours
+        for name, line in report.lines.items():
             of_kind, codec, _, *basis = name.split(":")
             if of_kind == kind and "@" not in name:
-                lines.setdefault(" ".join([codec, *basis]), []).append(point)
+                lines.setdefault(" ".join([codec, *basis]), []).append((line.code + line.scales, line.quality.kl))
         for label, points in lines.items():
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, linewidth=1, label=label)
+            style = {"matryoshka": "-", "projected": "--"}.get(label.split()[0], ":")
+            axes.plot(*zip(*sorted(points), strict=True), style, marker="o", markersize=3, linewidth=1, label=label)
         axes.set(title=kind, xlabel="bits a number, with scales", ylabel="KL of the next token")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
         axes.grid(alpha=0.3)
-    figure.suptitle(title, size=9)
+    figure.suptitle(report.title, size=9)
     figure.savefig(file, dpi=150)
 
 
-def pareto_points(file: Path) -> dict[str, tuple[float, float]]:
-    """Of a table that was written as JSON."""
-    rows = json.loads(file.read_text())["rows"]
-    return {row["row"]: (row["code"] + row["scales"], row["kl"]) for row in rows}
+def _line(row: dict[str, Any]) -> Line:
+    quality = Quality(**{each.name: row[each.name] for each in fields(Quality)})
+    return Line(quality, row["code"], row["scales"], {int(tokens): bits for tokens, bits in row["bits_at"].items()})

@@ -25,7 +25,10 @@ def train(
     steps: Annotated[int, typer.Option(min=1)] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="Texts a step")] = 1,
     budget: BudgetOption = None,
-    kl_share: Annotated[float | None, typer.Option(min=0, max=1, help="Of the loss; 0.25 with cpt, else 0")] = None,
+    kl_share: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Of the loss; 0.25 with cpt, else 0; 1 to stay close to the model"),
+    ] = None,
     learning_rate: Annotated[float, typer.Option(min=0)] = 1e-3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     model: ModelOption = "smollm2",

@@ -250,6 +250,12 @@ def test_the_commands_fit_show_and_measure(tmp_path: Path, monkeypatch: pytest.M
     assert list(direct) == ["keys:matryoshka:2", "both:projected:0.5"]
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
     assert "projection one: " in measured.output
+    more = ("--table", str(table), "--row", "values:rotated:2", "--length", "64", "--direct", *given[:6])
+    merged = run("bench", "quality", *more, "--json", str(tmp_path / "merged.json"))
+    assert merged.exit_code == 0, merged.output
+    found = {row["row"]: row for row in json.loads((tmp_path / "merged.json").read_text())["rows"]}
+    assert list(found) == [*direct, "values:rotated:2"]
+    assert {name: found[name] for name in direct} == direct
     served = run("bench", "quality", *given, "--length", "192")
     assert served.exit_code == 0, served.output
     assert "client and server" in served.output
@@ -260,6 +266,8 @@ def test_the_commands_fit_show_and_measure(tmp_path: Path, monkeypatch: pytest.M
         (("projections", "fit", "--text", str(text), "--out", str(out), "--metric", "best"), "is not output"),
         (("projections", "show", str(text)), "a projection's header"),
         (("bench", "quality", "--text", str(text), "--row", "keys:best:1"), "is no row"),
+        (("bench", "quality", *more, "--from-token", "1"), "a table is of a run with"),
+        (("bench", "quality", "--text", str(text), "--table", str(text)), "is no table"),
         (("bench", "quality", "--text", str(text), "--device", "cuda:0"), "with --direct"),
     ):
         refused = run(*args)
