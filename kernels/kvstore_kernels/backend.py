@@ -60,7 +60,7 @@ class Backend(Protocol):
     def score_at(
         self, q: Tensor, keys: Stored, positions: Tensor, *, sm_scale: float, logit_soft_cap: float = 0.0
     ) -> Tensor:
-        """Those of the logits of `score` that are at positions int64 [T, Hq, C]; a CPU reads no other rows."""
+        """Those of the logits of `score` that are at positions int64 [T, Hq, C]; no bits of other sketches are read."""
         ...
 
     def attend(

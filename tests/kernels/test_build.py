@@ -19,6 +19,7 @@ from kvstore_kernels.cuda import (
     expand,
     pack_page,
     score,
+    score_at,
     topk,
 )
 from kvstore_kernels.types import AffineEncoder, SignLayout
@@ -55,6 +56,8 @@ VARIANTS = [
     *list(attend.variants(OUTLIERS, AFFINE, debias=True))[:1],
     *ends(score.variants(QJL)),
     *list(score.variants(AFFINE))[-1:],
+    *ends(score_at.variants(OUTLIERS)),
+    *list(score_at.variants(AFFINE))[-1:],
     *ends(decode.variants(QJL)),
     *list(decode.variants(AFFINE))[:1],
     *ends(dense.variants(128, torch.float16)),

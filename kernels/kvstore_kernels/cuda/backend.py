@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvstore_kernels import build
 from kvstore_kernels.backend import Attended, State, Stored
-from kvstore_kernels.cuda import attend, decode, dense, encode, mixed, pack_page, score, topk
+from kvstore_kernels.cuda import attend, decode, dense, encode, mixed, pack_page, score, score_at, topk
 from kvstore_kernels.cuda.pages import PAGE_TOKENS, PAGE_UNIT, Pages, SignPages, page_bytes
 from kvstore_kernels.cuda.replay import Answer, Recorder
 from kvstore_kernels.merge import merge_states
@@ -66,8 +66,11 @@ class CudaBackend:
     def score_at(
         self, q: Tensor, keys: Stored, positions: Tensor, *, sm_scale: float, logit_soft_cap: float = 0.0
     ) -> Tensor:
-        scores = self.score(q, keys, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap)
-        return scores.gather(2, self._to_device(positions))
+        q, keys, positions = self._to_device(q), self._placed(keys, values=False), self._to_device(positions)
+        how = {"sm_scale": sm_scale, "logit_soft_cap": logit_soft_cap}
+        if isinstance(keys, SignPages):
+            return score_at.score_at(q, keys, positions, **how)
+        return dense.score(q, keys.data, **how).gather(2, positions)
 
     @on_stream
     def attend(
