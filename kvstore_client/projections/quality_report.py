@@ -171,23 +171,29 @@ def write_pareto(file: Path, report: Report) -> None:
     from matplotlib import colormaps  # pyright: ignore[reportMissingImports]
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
-    kinds = [kind for kind in ("keys", "values", "both") if any(name.startswith(kind) for name in report.lines)]
-    figure = Figure(figsize=(5.2 * len(kinds), 5.6), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
-        lines: dict[str, list[tuple[float, float]]] = {}
-        axes.set_prop_cycle(color=colormaps["tab20"](range(20)))  # more lines than the default has colours
-        for name, line in report.lines.items():
-            of_kind, codec, _, *basis = name.split(":")
-            if of_kind == kind and "@" not in name:
-                lines.setdefault(" ".join([codec, *basis]), []).append((line.code + line.scales, line.quality.kl))
-        for label, points in lines.items():
-            style = {"matryoshka": "-", "projected": "--"}.get(label.split()[0], ":")
-            axes.plot(*zip(*sorted(points), strict=True), style, marker="o", markersize=3, linewidth=1, label=label)
+    series: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for name, line in report.lines.items():
+        kind, codec, _, *basis = name.split(":")
+        if "@" not in name:
+            points = series.setdefault(" ".join([codec, *basis]), {}).setdefault(kind, [])
+            points.append((line.code + line.scales, line.quality.kl))
+    kinds = [kind for kind in ("keys", "values", "both") if any(kind in each for each in series.values())]
+    figure = Figure(figsize=(5.2 * len(kinds), 5.2), layout="constrained")
+    panels = dict(zip(kinds, figure.subplots(1, len(kinds), squeeze=False)[0], strict=True))
+    drawn: dict[str, Any] = {}
+    for number, (label, by_kind) in enumerate(series.items()):
+        style = {"matryoshka": "-", "projected": "--"}.get(label.split()[0], ":")
+        colour = colormaps["tab20"](number % 20)  # the same in each panel; matplotlib's cycle has fewer
+        for kind, points in by_kind.items():
+            drawn[label], *_ = panels[kind].plot(
+                *zip(*sorted(points), strict=True), style, color=colour, marker="o", markersize=3, linewidth=1
+            )
+    for kind, axes in panels.items():
         axes.set(title=kind, xlabel="bits a number, with scales", ylabel="KL of the next token")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
         axes.grid(alpha=0.3)
+    figure.legend(drawn.values(), drawn.keys(), fontsize=7, loc="outside lower center", ncols=6)
     figure.suptitle(report.title, size=9)
     figure.savefig(file, dpi=150)
 
