@@ -7,7 +7,7 @@ from torch import Tensor
 from kvstore_kernels.cuda.pack_page import pack_page
 from kvstore_kernels.cuda.pages import PAGE_TOKENS, PAGE_UNIT, Pages, SignPages, page_bytes
 from kvstore_kernels.types import Expansion, SignRows, Signs
-from tests.kernels.inputs import expansion, head_parts
+from tests.kernels.inputs import expansion, head_parts, normal
 
 DEVICE = torch.device("cuda", 0)
 NAN_HALF = 0x7E00
@@ -102,3 +102,7 @@ def _rounded(weights: Tensor, page: Tensor, most: int) -> Tensor:
         unit = own.amax(-1, keepdim=True).clamp(min=1e-300) / most
         out[..., page == number] = torch.round(own / unit) * unit
     return out
+
+
+def queries(by: Expansion, tokens: int = 3, group: int = 3) -> Tensor:
+    return normal(tokens, by.layout.heads * group, by.layout.head_dim, seed=5).to(DEVICE)

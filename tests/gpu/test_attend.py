@@ -10,8 +10,7 @@ from kvstore_kernels import merge_states
 from kvstore_kernels.cuda.attend import attend
 from kvstore_kernels.types import Expansion, SignRows
 from tests.gpu import inputs
-from tests.gpu.inputs import EXPANSIONS, every_expansion, on_pages, rounded_attention64, window, worst
-from tests.gpu.test_score import queries
+from tests.gpu.inputs import EXPANSIONS, every_expansion, on_pages, queries, rounded_attention64, window, worst
 from tests.kernels.inputs import SIZES, attention64, expansion, logits64, normal, sign_rows, strided, vectors
 
 inputs.require_device()

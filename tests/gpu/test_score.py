@@ -8,16 +8,12 @@ from kvstore_kernels import reference
 from kvstore_kernels.cuda.score import score
 from kvstore_kernels.types import Expansion, SignRows
 from tests.gpu import inputs
-from tests.gpu.inputs import EXPANSIONS, every_expansion, on_pages, worst
-from tests.kernels.inputs import SIZES, expansion, logits64, normal, sign_rows, strided
+from tests.gpu.inputs import EXPANSIONS, every_expansion, on_pages, queries, worst
+from tests.kernels.inputs import SIZES, expansion, logits64, sign_rows, strided
 
 inputs.require_device()
 pytestmark = pytest.mark.gpu
 QJL = EXPANSIONS["qjl"]
-
-
-def queries(by: Expansion, tokens: int = 3, group: int = 3) -> Tensor:
-    return normal(tokens, by.layout.heads * group, by.layout.head_dim, seed=5).to(inputs.DEVICE)
 
 
 def assert_scores(actual: Tensor, q: Tensor, keys: SignRows, sm_scale: float, cap: float = 0.0) -> None:

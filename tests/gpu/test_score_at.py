@@ -10,8 +10,7 @@ from kvstore_kernels.cuda.score import score
 from kvstore_kernels.cuda.score_at import score_at
 from kvstore_kernels.types import Expansion
 from tests.gpu import inputs
-from tests.gpu.inputs import DEVICE, every_expansion, on_pages, worst
-from tests.gpu.test_score import queries
+from tests.gpu.inputs import DEVICE, every_expansion, on_pages, queries, worst
 from tests.kernels.inputs import sign_rows
 
 inputs.require_device()
