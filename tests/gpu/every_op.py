@@ -4,7 +4,8 @@ import sys
 
 import torch
 
-from kvstore_kernels.cuda import attend, decode, dense, encode, score, topk
+from kvstore_kernels import build
+from kvstore_kernels.cuda import attend, decode, dense, encode, score, score_at, topk
 from kvstore_kernels.types import AffineEncoder, SignLayout
 from tests.gpu.inputs import DEVICE, EXPANSIONS, device_signs, on_pages
 from tests.kernels.inputs import normal, sign_encoder, sign_rows
@@ -32,7 +33,8 @@ def run_signs(name: str) -> None:
     rows, q = sign_rows(397, by), normal(5, by.layout.heads * 2, by.layout.head_dim).to(DEVICE)
     keys, values = (on_pages(rows, values=kind, first=3) for kind in (False, True))
     scores = score.score(q, keys, sm_scale=0.1, dtype=torch.float16)
-    topk.topk(scores, 50)
+    _, positions = topk.topk(scores, 50)
+    score_at.score_at(q, keys, positions, sm_scale=0.1)
     for queries in (q[:2], q, q.repeat(2, 1, 1)):
         attend.attend(queries, keys, values, sm_scale=0.1, logit_soft_cap=30.0, debias=0.5)
     decode.decode(device_signs(rows.signs), by, torch.float16)
@@ -49,15 +51,28 @@ def run_vectors() -> None:
     encode.encode(x, AffineEncoder(layout, 2, torch.zeros(2, 128)))
 
 
+def run_all() -> None:
+    for name in ("qjl", "ragged groups"):
+        run_signs(name)
+    topk.topk(normal(1, 2, 20_003).to(DEVICE), 100)
+    topk.topk(torch.zeros(1, 2, 20_003, device=DEVICE), 100)
+    run_vectors()
+
+
 def main() -> None:
     if len(sys.argv) > 1:
         run_bug(BUGS[sys.argv[1]])
     else:
-        for name in ("qjl", "ragged groups"):
-            run_signs(name)
-        topk.topk(normal(1, 2, 20_003).to(DEVICE), 100)
-        topk.topk(torch.zeros(1, 2, 20_003, device=DEVICE), 100)
-        run_vectors()
+        names, kernel = set[str](), build.kernel
+
+        def noted(name: str, *args, **kwargs) -> build.Kernel:
+            names.add(name)
+            return kernel(name, *args, **kwargs)
+
+        build.kernel = noted
+        run_all()
+        if left_out := {path.stem for path in build.CSRC.glob("*.cu")} - names:
+            sys.exit(f"these kernels were not run: {', '.join(sorted(left_out))}")
     torch.cuda.synchronize()
 
 
