@@ -17,6 +17,7 @@
 #define CANDIDATES 8192  // that a block sorts
 #define GROUPS_MOST 4096
 #define SCORE_DIGITS (HALF ? 2 : 4)
+#define SPARE 8  // of the groups that are read one more in so many saves a pass over the maxima
 
 struct Shared {
     u64 candidates[CANDIDATES];
@@ -65,10 +66,10 @@ __device__ __forceinline__ void find_digit(Shared& s, u32 wanted) {
     }
 }
 
-// A bound that exactly the `wanted` largest of distinct keys reach. `from.each(visit)` calls visit(present, key) with whole
-// warps.
+// A bound that the `wanted` largest of distinct keys reach, and at most `spare` others. `from.each(visit)` calls
+// visit(present, key) with whole warps.
 template <class Keys>
-__device__ __forceinline__ u64 bound_of(Shared& s, u32 wanted, u64 slot_mask, const Keys& from) {
+__device__ __forceinline__ u64 bound_of(Shared& s, u32 wanted, u32 spare, u64 slot_mask, const Keys& from) {
     u64 bound = 0, known = 0;
     for (int shift = 56;; shift -= 8) {
         if (shift == 56 - 8 * SCORE_DIGITS) shift = 24;
@@ -82,7 +83,7 @@ __device__ __forceinline__ u64 bound_of(Shared& s, u32 wanted, u64 slot_mask, co
         bound |= (u64)s.digit << shift;
         known |= 255ull << shift;
         wanted -= s.above;
-        if (s.within == wanted) return bound;
+        if (s.within <= wanted + spare) return bound;
     }
 }
 
@@ -122,7 +123,7 @@ struct Scores {
             for (; __any_sync(ALL_LANES, shown); shown &= shown - 1) {
                 const u32 slot = chunk * CHUNK + (__ffs(shown | 1u << CHUNK) - 1);
                 const bool present = shown && row.holds(slot);
-                const u64 key = (u64)(present ? key_of(row.slots[slot]) : 0) << 32 | (last - slot);
+                const u64 key = (u64)(present ? key_of_score(row.slots[slot]) : 0) << 32 | (last - slot);
                 visit(present && key >= least, key);
             }
         }
@@ -149,10 +150,26 @@ __device__ __forceinline__ u32 restart(Shared& s) {
     return found;
 }
 
-// Largest first; `size` is a power of two.
+// Key i of a bitonic sort after its exchanges with keys of the same warp, from `step` apart down, in runs of `run`.
+__device__ __forceinline__ u64 exchanged(u64 key, u32 i, u32 run, u32 step) {
+    for (; step; step /= 2) {
+        const u64 other = __shfl_xor_sync(ALL_LANES, key, step);
+        const bool larger = ((i & step) == 0) == ((i & run) == 0);  // of the two is kept
+        key = (key > other) == larger ? key : other;
+    }
+    return key;
+}
+
+// Largest first; `size` is a power of two and at least 32.
 __device__ __forceinline__ void sort(u64* keys, u32 size) {
-    for (u32 run = 2; run <= size; run *= 2)
-        for (u32 step = run / 2; step; step /= 2) {
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < size; i += THREADS) {
+        u64 key = keys[i];
+        for (u32 run = 2; run <= 32; run *= 2) key = exchanged(key, i, run, run / 2);
+        keys[i] = key;
+    }
+    for (u32 run = 64; run <= size; run *= 2) {
+        for (u32 step = run / 2; step >= 32; step /= 2) {
             __syncthreads();
             for (u32 i = threadIdx.x; i < size / 2; i += THREADS) {
                 const u32 low = 2 * i - (i & (step - 1)), high = low + step;
@@ -163,16 +180,19 @@ __device__ __forceinline__ void sort(u64* keys, u32 size) {
                 }
             }
         }
+        __syncthreads();
+        for (u32 i = threadIdx.x; i < size; i += THREADS) keys[i] = exchanged(keys[i], i, run, 16);
+    }
     __syncthreads();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     topk(const void* __restrict__ scores, const u32* maxima, i64* __restrict__ positions, float* __restrict__ best,
-         i64 heads, i64 token_stride, i64 head_stride, i64 tokens, i64 groups, i64 lanes, i64 k, i64 slot_mask) {
+         i64 heads, i64 token_stride, i64 head_stride, i64 tokens, i64 groups, i64 lanes, i64 margin, i64 k, i64 slot_mask) {
     extern __shared__ __align__(16) u8 shared[];
     Shared& s = *(Shared*)shared;
     const i64 row = blockIdx.x;
-    const Row all(scores, row, heads, token_stride, head_stride, tokens);
+    const Row all(scores, row, heads, token_stride, head_stride, tokens, margin);
     const u32 last = (u32)slot_mask;
     if (threadIdx.x == 0) s.found = 0;
     await_previous_kernel();
@@ -188,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         __syncthreads();
         const Groups maxima_of_row{maxima, (u32)groups, last};
-        const u64 bound = bound_of(s, (u32)k, slot_mask, maxima_of_row);
+        const u64 bound = bound_of(s, (u32)k, min((u32)k / SPARE, GROUPS_MOST - (u32)k), slot_mask, maxima_of_row);
         maxima_of_row.each([&](bool present, u64 key) { append(s, s.chosen, GROUPS_MOST, present && key >= bound, last - (u32)key); });
         from.count = restart(s) << from.bits;
         from.chosen = s.chosen;
@@ -199,9 +219,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         from.each([&](bool present, u64 key) { append(s, s.candidates, CANDIDATES, present, key); });
         found = restart(s);
         if (found <= CANDIDATES) break;
-        from.least = bound_of(s, (u32)k, slot_mask, from);
+        from.least = bound_of(s, (u32)k, CANDIDATES - (u32)k, slot_mask, from);
     }
-    u32 size = 1;
+    u32 size = 32;
     while (size < found) size *= 2;
     for (u32 i = found + threadIdx.x; i < size; i += THREADS) s.candidates[i] = 0;
     sort(s.candidates, size);
