@@ -25,20 +25,15 @@
 #define BOUNDS TWO_BLOCKS
 #endif
 
-__device__ __forceinline__ void store_one(void* out, i64 at, float v) {
-    if (OUT_HALF)
-        ((u16*)out)[at] = (u16)to_halves(v, v);
-    else
-        ((float*)out)[at] = v;
-}
-
-// Two neighbouring tokens of a row.
-__device__ __forceinline__ void store_pair(void* out, i64 at, float a, float b) {
-    if (OUT_HALF)
-        *(u32*)((u16*)out + at) = to_halves(a, b);
-    else
-        *(float2*)((float*)out + at) = make_float2(a, b);
-}
+#if OUT_HALF
+typedef u16 Logit;
+__device__ __forceinline__ Logit to_logit(float v) { return (u16)to_halves(v, v); }
+__device__ __forceinline__ void store_pair(Logit* out, float a, float b) { *(u32*)out = to_halves(a, b); }
+#else
+typedef float Logit;
+__device__ __forceinline__ Logit to_logit(float v) { return v; }
+__device__ __forceinline__ void store_pair(Logit* out, float a, float b) { *(float2*)out = make_float2(a, b); }
+#endif
 
 // Of COUNT numbers the largest each over the lanes that differ in bits BIT .. 16 alone. A lane ends with one of them: bit BIT
 // chooses the half of the numbers, the next bit the half of these, and so on.
@@ -85,7 +80,7 @@ __device__ __forceinline__ u32 group_maximum(const PageLogits& x, int from, int 
 
 extern "C" __global__ void BOUNDS
     score(const u8* __restrict__ slab, const int* __restrict__ table, const Head* __restrict__ heads,
-          const int* __restrict__ unit_words, const float* __restrict__ y, void* __restrict__ out, i64 page_first, i64 page_end,
+          const int* __restrict__ unit_words, const float* __restrict__ y, Logit* __restrict__ out, i64 page_first, i64 page_end,
           i64 split_pages, i64 first, i64 end, i64 origin, i64 out_stride, i64 rows, i64 query_heads, i64 group, i64 y_stride,
           i64 y_extra, float unit, float cap,
           u32* __restrict__ maxima, i64 groups, i64 group_shift) {
@@ -95,6 +90,7 @@ extern "C" __global__ void BOUNDS
     u8* scales = pieces + WARPS * RING * PIECE;
     uint2* planes = (uint2*)(scales + WARPS * 2 * SCALE_BYTES);
     float* constants = (float*)((u8*)planes + QUERY_PLANES_BYTES);
+    int* places = (int*)((u8*)constants + QUERY_CONSTANTS_BYTES);  // of the rows among those of `out`; -1 past the last
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, h = blockIdx.y;
     const i64 row_first = (i64)blockIdx.z * ROWS;
     scales += warp * 2 * SCALE_BYTES;
@@ -124,13 +120,16 @@ extern "C" __global__ void BOUNDS
     };
     for (int i = 0; i < RING; i++) push(i);
 
+    if (threadIdx.x < ROWS) {
+        const int row = (int)row_first + threadIdx.x;
+        places[threadIdx.x] = row < rows ? row / (int)group * (int)query_heads + h * (int)group + row % (int)group : -1;
+    }
+
     await_previous_kernel();
     prepare_queries(BitPlanes{planes}, constants, Queries{y + (i64)h * rows * y_stride, rows, row_first, y_stride, y_extra, unit, 0}, head,
                     units, nullptr);
     __syncthreads();
 
-    // Where a row stands in the output. 64-bit division would call a function.
-    auto place_of = [&](int row) { return (i64)(row / (int)group * (int)query_heads + h * (int)group + row % (int)group); };
     for (; page < last; page += WARPS) {
         const int after_next = entry_of(page + 2 * WARPS);
         const i64 start = (i64)page * PAGE;
@@ -141,27 +140,27 @@ extern "C" __global__ void BOUNDS
             const int passed = REREAD ? 0 : tile * PASS_PIECES;
             page_logits(x, ring, planes + tile * UNITS * STEPS * 32, constants + tile * 4 * ROW_CONSTANTS,
                         (const u16*)(scales + buffer * SCALE_BYTES), units, cap, tile == ROW_TILES - 1, [&](int number) { push(passed + number + RING); });
-            if (MAXIMA) {
-                const u32 key = group_maximum(x, from, to, (int)group_shift);
-                const int row = (int)row_first + tile * 4 + 2 * (lane & 1) + (lane >> 1 & 1), i = (lane >> 1 & 2) | (lane >> 3 & 1);
-                if (lane < 16 && row < rows && i >> group_shift << group_shift == i)
-                    maxima[place_of(row) * groups + ((page - page_first) * 4 + i >> group_shift)] = key;
-            }
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                const int row = (int)row_first + tile * 4 + 2 * (lane & 1) + r;
-                if (row >= rows) continue;
-                const i64 at = place_of(row) * out_stride + start - origin;
+                const int place = places[tile * 4 + 2 * (lane & 1) + r];
+                if (place < 0) continue;
+                Logit* row = out + place * out_stride + (start - origin) + token_of(lane, 0, 0);
                 if (from == 0 && to == PAGE) {
 #pragma unroll
-                    for (int c = 0; c < CHUNKS; c++) store_pair(out, at + token_of(lane, c, 0), x[c][0][r], x[c][1][r]);
+                    for (int c = 0; c < CHUNKS; c++) store_pair(row + 32 * c, x[c][0][r], x[c][1][r]);
                     continue;
                 }
 #pragma unroll
                 for (int i = 0; i < 2 * CHUNKS; i++) {
                     const int token = token_of(lane, i / 2, i % 2);
-                    if (token >= from && token < to) store_one(out, at + token, x[i / 2][i % 2][r]);
+                    if (token >= from && token < to) row[32 * (i / 2) + i % 2] = to_logit(x[i / 2][i % 2][r]);
                 }
+            }
+            if (MAXIMA) {
+                const u32 key = group_maximum(x, from, to, (int)group_shift);
+                const int place = places[tile * 4 + 2 * (lane & 1) + (lane >> 1 & 1)], i = (lane >> 1 & 2) | (lane >> 3 & 1);
+                if (lane < 16 && place >= 0 && i >> group_shift << group_shift == i)
+                    maxima[place * groups + ((page - page_first) * 4 + i >> group_shift)] = key;
             }
         }
         here = next;

@@ -54,10 +54,11 @@ def variants(expansion: Expansion, dtype: torch.dtype = torch.float32) -> Iterat
 
 def shared_bytes(m: build.Macros) -> int:
     """What score.cu lays out."""
-    constants = TILE_ROWS * m["ROW_TILES"] * (1 + 4 * m["KEY_GROUPS"]) * 4
+    rows = TILE_ROWS * m["ROW_TILES"]
+    constants = rows * (1 + 4 * m["KEY_GROUPS"]) * 4
     scales = m["KEY_GROUPS"] * (1 + m["KEY_OFFSETS"]) * 512
     planes = m["ROW_TILES"] * m["UNITS"] * m["PLANES"] // 2 * 256
-    return planes + -(-constants // 16) * 16 + WARPS * (RING_BYTES + 2 * scales)
+    return planes + -(-constants // 16) * 16 + rows * 4 + WARPS * (RING_BYTES + 2 * scales)
 
 
 def split_pages(pages: int, heads: int, device: torch.device) -> int:
