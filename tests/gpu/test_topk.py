@@ -85,7 +85,9 @@ def test_scores_of_a_window_are_taken_as_they_come() -> None:
 
 
 @pytest.mark.parametrize("name", ["qjl", "ragged groups"])
-@pytest.mark.parametrize(("first", "tokens"), [(0, 5000), (0, 8193), (3, 20_000), (63, 20_001), (191, 40_000), (255, 8200)])
+@pytest.mark.parametrize(
+    ("first", "tokens"), [(0, 5000), (0, 8193), (3, 20_000), (63, 20_001), (191, 40_000), (255, 8200)]
+)
 def test_the_best_of_stored_keys_are_the_best_of_their_scores(first: int, tokens: int, name: str) -> None:
     by = EXPANSIONS[name]
     keys = on_pages(sign_rows(tokens, by), values=False, first=first)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvstore_kernels import build
 from kvstore_kernels.cuda.pages import PAGE_TOKENS, SignPages
-from kvstore_kernels.cuda.score import score, score_with_maxima
+from kvstore_kernels.cuda.score import score_with_maxima
 
 K_MOST = 4096
 CANDIDATES = 8192
@@ -63,18 +63,14 @@ def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _choose(scores, k, maxima, lanes)
 
 
-def best(
-    q: Tensor, keys: SignPages, k: int, *, sm_scale: float, logit_soft_cap: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def best(q: Tensor, keys: SignPages, k: int, *, sm_scale: float, logit_soft_cap: float = 0.0) -> tuple[Tensor, Tensor]:
     """`topk` of `score`: the score kernel finds the maxima of groups while it has the scores."""
     _check_k(k)
     pages = keys.pages
     lanes = group_lanes(pages.end - pages.first, k, SCORED_LANES)
-    how = {"sm_scale": sm_scale, "logit_soft_cap": logit_soft_cap}
-    if not lanes:
-        return topk(score(q, keys, **how), k)
-    scores, maxima = score_with_maxima(q, keys, lanes * CHUNK, **how)
-    return _choose(scores, k, maxima, lanes, pages.first % PAGE_TOKENS)
+    group_tokens = (lanes or LANES_MOST) * CHUNK
+    scores, maxima = score_with_maxima(q, keys, group_tokens, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap)
+    return _choose(scores, k, maxima if lanes else None, lanes, pages.first % PAGE_TOKENS if lanes else 0)
 
 
 def _check_k(k: int) -> None:
