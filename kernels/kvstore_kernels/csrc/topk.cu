@@ -26,17 +26,10 @@ struct Shared {
     u32 found, digit, above, within;
 };
 
-// Counts `digit` of the lanes where it is `present`; many equal digits, as of equal scores, cost no more than one.
+// Counts `digit` of the lanes where it is `present`; many equal digits cost no more than one.
 __device__ __forceinline__ void tally(u32* counts, bool present, u32 digit) {
-    const u32 lanes = __ballot_sync(ALL_LANES, present);
-    if (!lanes) return;
-    const int leader = __ffs(lanes) - 1;
-    const u32 first = __shfl_sync(ALL_LANES, digit, leader);
-    if (__all_sync(ALL_LANES, !present || digit == first)) {
-        if ((threadIdx.x & 31) == leader) atomicAdd(counts + first, __popc(lanes));
-    } else if (present) {
-        atomicAdd(counts + digit, 1u);
-    }
+    const u32 same = __match_any_sync(ALL_LANES, present ? digit : 256);
+    if (present && __ffs(same) - 1 == (threadIdx.x & 31)) atomicAdd(counts + digit, __popc(same));
 }
 
 // The first warp finds the digit of the `wanted`th largest: how many digits are above it, how many are equal.
@@ -150,9 +143,11 @@ __device__ __forceinline__ u32 restart(Shared& s) {
     return found;
 }
 
-// Key i of a bitonic sort after its exchanges with keys of the same warp, from `step` apart down, in runs of `run`.
-__device__ __forceinline__ u64 exchanged(u64 key, u32 i, u32 run, u32 step) {
-    for (; step; step /= 2) {
+// Key i of a bitonic sort after its exchanges with keys of the same warp, from STEP apart down, in runs of `run`.
+template <u32 STEP>
+__device__ __forceinline__ u64 exchanged(u64 key, u32 i, u32 run) {
+#pragma unroll
+    for (u32 step = STEP; step; step /= 2) {
         const u64 other = __shfl_xor_sync(ALL_LANES, key, step);
         const bool larger = ((i & step) == 0) == ((i & run) == 0);  // of the two is kept
         key = (key > other) == larger ? key : other;
@@ -164,9 +159,8 @@ __device__ __forceinline__ u64 exchanged(u64 key, u32 i, u32 run, u32 step) {
 __device__ __forceinline__ void sort(u64* keys, u32 size) {
     __syncthreads();
     for (u32 i = threadIdx.x; i < size; i += THREADS) {
-        u64 key = keys[i];
-        for (u32 run = 2; run <= 32; run *= 2) key = exchanged(key, i, run, run / 2);
-        keys[i] = key;
+        const u64 eights = exchanged<4>(exchanged<2>(exchanged<1>(keys[i], i, 2), i, 4), i, 8);
+        keys[i] = exchanged<16>(exchanged<8>(eights, i, 16), i, 32);
     }
     for (u32 run = 64; run <= size; run *= 2) {
         for (u32 step = run / 2; step >= 32; step /= 2) {
@@ -181,7 +175,7 @@ __device__ __forceinline__ void sort(u64* keys, u32 size) {
             }
         }
         __syncthreads();
-        for (u32 i = threadIdx.x; i < size; i += THREADS) keys[i] = exchanged(keys[i], i, run, 16);
+        for (u32 i = threadIdx.x; i < size; i += THREADS) keys[i] = exchanged<16>(keys[i], i, run);
     }
     __syncthreads();
 }
@@ -189,6 +183,7 @@ __device__ __forceinline__ void sort(u64* keys, u32 size) {
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     topk(const void* __restrict__ scores, const u32* maxima, i64* __restrict__ positions, float* __restrict__ best,
          i64 heads, i64 token_stride, i64 head_stride, i64 tokens, i64 groups, i64 lanes, i64 margin, i64 k, i64 slot_mask) {
+    let_next_kernel_start();
     extern __shared__ __align__(16) u8 shared[];
     Shared& s = *(Shared*)shared;
     const i64 row = blockIdx.x;
