@@ -78,6 +78,16 @@ def score(backend: Backend, q: Tensor, keys: Stored, *, sm_scale: float, logit_s
     return scores if shift is None else scores + shift.unsqueeze(2).to(scores.device)
 
 
+def best(
+    backend: Backend, q: Tensor, keys: Stored, k: int, *, sm_scale: float, logit_soft_cap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Backend.best of anything stored."""
+    how = {"sm_scale": sm_scale, "logit_soft_cap": logit_soft_cap}
+    if isinstance(keys, ProjectedRows):
+        return backend.topk(score(backend, q, keys, **how), k)
+    return backend.best(q, keys, k, **how)
+
+
 def attend(
     backend: Backend,
     q: Tensor,

@@ -38,7 +38,7 @@ class Replayed(Protocol):
 class Backend(Protocol):
     """The ops of one device. Query head h reads KV head h // (Hq / H); a wrong shape is a ValueError that names it.
 
-    What score, attend, decode and topk return stays on the device; `to_host` brings it.
+    What score, attend, decode, topk and best return stays on the device; `to_host` brings it.
     """
 
     paging: Paging | None
@@ -135,6 +135,12 @@ class Backend(Protocol):
         """Positions int64 and scores float32 [T, Hq, min(k, N)], best first, of equal ones the lower position."""
         ...
 
+    def best(
+        self, q: Tensor, keys: Stored, k: int, *, sm_scale: float, logit_soft_cap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """`topk` of `score`."""
+        ...
+
     def to_host(self, results: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
         """Begins to bring results of these ops to host memory; what it returns waits for them."""
         ...
@@ -207,6 +213,9 @@ class ReferenceBackend:
 
     def decode(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Tensor:
         return self._decode(rows).to(dtype)
+
+    def best(self, q: Tensor, keys: Rows, k: int, *, sm_scale: float, logit_soft_cap: float = 0.0) -> State:
+        return self.topk(self.score(q, keys, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap), k)
 
     def to_host(self, results: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
         return lambda: results

@@ -169,7 +169,8 @@ def _refined(
 
 def score(device: Device, prefix: Prefix, start: int, q: Tensor) -> Fetch:
     """float32 logits [T, Hq, end - start] of positions [start, prefix.end)."""
-    parts = [_scores(device, prefix, block, q) for block in device.blocks(prefix, start)]
+    how = _logit_scale(prefix)
+    parts = [projected.score(device.backend, q, block.keys, **how) for block in device.blocks(prefix, start)]
     if not parts:
         return lambda: (torch.empty((*q.shape[:2], 0)),)
     return device.backend.to_host((torch.cat(parts, dim=2) if len(parts) > 1 else parts[0],))
@@ -200,7 +201,7 @@ def _best(device: Device, prefix: Prefix, q: Tensor, k: int) -> tuple[Tensor, Te
     """The best k of each block, then of all: blocks come in the order of positions, so ties stay in it."""
     found = list[tuple[Tensor, Tensor]]()
     for block in device.blocks(prefix):
-        positions, scores = device.backend.topk(_scores(device, prefix, block, q), k)
+        positions, scores = projected.best(device.backend, q, block.keys, k, **_logit_scale(prefix))
         found.append((positions + block.start, scores))
     if not found:
         return torch.empty((*q.shape[:2], 0), dtype=torch.int64), torch.empty((*q.shape[:2], 0))
@@ -209,10 +210,6 @@ def _best(device: Device, prefix: Prefix, q: Tensor, k: int) -> tuple[Tensor, Te
     positions, scores = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
     order, best = device.backend.topk(scores, k)
     return positions.gather(2, order), best
-
-
-def _scores(device: Device, prefix: Prefix, block: Block, q: Tensor) -> Tensor:
-    return projected.score(device.backend, q, block.keys, **_logit_scale(prefix))
 
 
 def _logit_scale(prefix: Prefix) -> dict[str, float]:

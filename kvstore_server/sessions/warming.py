@@ -79,4 +79,5 @@ def _ask(backend: Backend, shape: ModelShape, keys: Rows, values: Rows, debias: 
     for tokens in QUERY_TOKENS:
         q = one.repeat(tokens, 1, 1)
         backend.to_host(backend.attend(q, keys, values, sm_scale=shape.sm_scale, logit_soft_cap=cap, debias=debias))()
-    backend.to_host(backend.topk(backend.score(one, keys, sm_scale=shape.sm_scale, logit_soft_cap=cap), TOKENS))()
+    how = {"sm_scale": shape.sm_scale, "logit_soft_cap": cap}
+    backend.to_host((backend.score(one, keys, **how), *backend.best(one, keys, TOKENS, **how)))()

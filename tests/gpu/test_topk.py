@@ -8,7 +8,7 @@ from kvstore_kernels import reference
 from kvstore_kernels.cuda import topk as ops
 from kvstore_kernels.cuda.score import score
 from tests.gpu import inputs
-from tests.gpu.inputs import EXPANSIONS, on_pages
+from tests.gpu.inputs import EXPANSIONS, on_pages, queries
 from tests.kernels.inputs import normal, sign_rows, strided
 
 inputs.require_device()
@@ -82,6 +82,21 @@ def test_scores_of_a_window_are_taken_as_they_come() -> None:
         scores = score(q, on_pages(keys, values=False, first=3), sm_scale=0.1, dtype=dtype)
         assert not scores.is_contiguous()
         assert_topk(scores, 64)
+
+
+@pytest.mark.parametrize("name", ["qjl", "ragged groups"])
+@pytest.mark.parametrize(
+    ("first", "tokens"), [(0, 5000), (0, 8193), (3, 20_000), (63, 20_001), (191, 40_000), (255, 8200)]
+)
+def test_the_best_of_stored_keys_are_the_best_of_their_scores(first: int, tokens: int, name: str) -> None:
+    by = EXPANSIONS[name]
+    keys = on_pages(sign_rows(tokens, by), values=False, first=first)
+    for q in (queries(by, 1, 4), queries(by, 5, 3), torch.zeros_like(queries(by, 1))):
+        for k in (1, 6, 25, 60, 300):
+            positions, best = ops.best(q, keys, k, sm_scale=0.1, logit_soft_cap=5.0)
+            expected = ops.topk(score(q, keys, sm_scale=0.1, logit_soft_cap=5.0), k)
+            assert torch.equal(positions, expected[0])
+            assert torch.equal(best, expected[1])
 
 
 def test_neither_a_second_run_nor_other_rows_change_the_answer() -> None:

@@ -8,38 +8,52 @@
 // Macros: HEAD_DIM, QUERY.
 #include "ptx.cuh"
 
-// Four neighbouring numbers of a query.
-__device__ __forceinline__ float4 query_at(const void* q, i64 i) {
-    if (QUERY == 0) return *(const float4*)((const float*)q + i);
-    const uint2 pairs = *(const uint2*)((const u16*)q + i);
-    if (QUERY == 1) return make_float4(low_half(pairs.x), high_half(pairs.x), low_half(pairs.y), high_half(pairs.y));
-    return make_float4(from_bfloat((u16)pairs.x), from_bfloat((u16)(pairs.x >> 16)), from_bfloat((u16)pairs.y),
-                       from_bfloat((u16)(pairs.y >> 16)));
-}
+#define STEPS (HEAD_DIM / 16)  // products of a lane's four numbers
+
+// Four neighbouring numbers of a query, and one number.
+#if QUERY == 0
+typedef float4 Four;
+typedef float One;
+__device__ __forceinline__ void copy_four(u32 shared, const One* from) { copy_async(shared, from); }
+__device__ __forceinline__ float4 floats(float4 v) { return v; }
+#else
+typedef uint2 Four;
+typedef u16 One;
+__device__ __forceinline__ void copy_four(u32 shared, const One* from) { copy_async_8(shared, from); }
+__device__ __forceinline__ float of(u32 half) { return QUERY == 1 ? from_half((u16)half) : from_bfloat((u16)half); }
+__device__ __forceinline__ float4 floats(uint2 v) { return make_float4(of(v.x), of(v.x >> 16), of(v.y), of(v.y >> 16)); }
+#endif
 
 extern "C" __global__ void __launch_bounds__(64)
-    expand(const void* __restrict__ q, const float* __restrict__ matrix, float* __restrict__ y, i64 length, i64 rows,
+    expand(const One* __restrict__ q, const float* __restrict__ matrix, float* __restrict__ y, i64 length, i64 rows,
            i64 query_heads, i64 group) {
-    let_next_kernel_start();
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, h = blockIdx.y;
     const i64 row = blockIdx.x * 16 + (threadIdx.x >> 5) * 8, query = (i64)blockIdx.z * 8;
-    if (row >= length) return;
     const i64 from = min(query + g, rows - 1);
     const float* e = matrix + (h * length + min(row + g, length - 1)) * HEAD_DIM + 4 * t;
     const i64 base = (from / group * query_heads + h * group + from % group) * HEAD_DIM + 4 * t;
-    float4 a[HEAD_DIM / 16], b[HEAD_DIM / 16];
+    // Every lane's own numbers come by shared memory, because loads the compiler would move down to where they are needed.
+    __shared__ float4 rows_of_matrix[STEPS][64];
+    __shared__ Four rows_of_queries[STEPS][64];
+    const float4* a = rows_of_matrix[0] + threadIdx.x;
+    const Four* b = rows_of_queries[0] + threadIdx.x;
 #pragma unroll
-    for (int d = 0; d < HEAD_DIM / 16; d++) {
-        a[d] = *(const float4*)(e + d * 16);
-        b[d] = query_at(q, base + d * 16);
-    }
+    for (int d = 0; d < STEPS; d++) copy_async(shared_address(a + d * 64), e + d * 16);
+    // The op before may have made q, and the pages that the next kernel reads as soon as it starts.
+    await_previous_kernel();
+    let_next_kernel_start();
+#pragma unroll
+    for (int d = 0; d < STEPS; d++) copy_four(shared_address(b + d * 64), q + base + d * 16);
+    close_copies();
+    await_copies<0>();
     double sum[4][2] = {};
 #pragma unroll
-    for (int d = 0; d < HEAD_DIM / 16; d++) {
-        mma_double(sum[0], a[d].x, b[d].x);
-        mma_double(sum[1], a[d].y, b[d].y);
-        mma_double(sum[2], a[d].z, b[d].z);
-        mma_double(sum[3], a[d].w, b[d].w);
+    for (int d = 0; d < STEPS; d++) {
+        const float4 row_part = a[d * 64], query_part = floats(b[d * 64]);
+        mma_double(sum[0], row_part.x, query_part.x);
+        mma_double(sum[1], row_part.y, query_part.y);
+        mma_double(sum[2], row_part.z, query_part.z);
+        mma_double(sum[3], row_part.w, query_part.w);
     }
 #pragma unroll
     for (int i = 0; i < 2; i++)

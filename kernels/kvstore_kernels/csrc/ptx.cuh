@@ -62,7 +62,12 @@ __device__ __forceinline__ void copy_async(u32 shared, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(shared), "l"(from) : "memory");
 }
 
-// The same, or zeros if not `present`.
+// The same of 8 bytes.
+__device__ __forceinline__ void copy_async_8(u32 shared, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0],[%1],8;" ::"r"(shared), "l"(from) : "memory");
+}
+
+// 16 bytes, or zeros if not `present`.
 __device__ __forceinline__ void copy_async_or_zero(u32 shared, const void* from, bool present) {
     asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(shared), "l"(from), "r"(present ? 16 : 0) : "memory");
 }

@@ -4,6 +4,9 @@
 #include "ptx.cuh"
 
 #define RING 8
+#ifndef EARLY
+#define EARLY 3
+#endif
 #define PIECE 1024
 
 struct Ring {

@@ -16,7 +16,10 @@
 #define THREADS 1024
 #define CANDIDATES 8192  // that a block sorts
 #define GROUPS_MOST 4096
+#define AHEAD 2
+#define NO_CHUNK 0xffffffffu
 #define SCORE_DIGITS (HALF ? 2 : 4)
+#define SPARE 8  // of the groups that are read one more in so many saves a pass over the maxima
 
 struct Shared {
     u64 candidates[CANDIDATES];
@@ -25,17 +28,10 @@ struct Shared {
     u32 found, digit, above, within;
 };
 
-// Counts `digit` of the lanes where it is `present`; many equal digits, as of equal scores, cost no more than one.
+// Counts `digit` of the lanes where it is `present`; many equal digits cost no more than one.
 __device__ __forceinline__ void tally(u32* counts, bool present, u32 digit) {
-    const u32 lanes = __ballot_sync(ALL_LANES, present);
-    if (!lanes) return;
-    const int leader = __ffs(lanes) - 1;
-    const u32 first = __shfl_sync(ALL_LANES, digit, leader);
-    if (__all_sync(ALL_LANES, !present || digit == first)) {
-        if ((threadIdx.x & 31) == leader) atomicAdd(counts + first, __popc(lanes));
-    } else if (present) {
-        atomicAdd(counts + digit, 1u);
-    }
+    const u32 same = __match_any_sync(ALL_LANES, present ? digit : 256);
+    if (present && __ffs(same) - 1 == (threadIdx.x & 31)) atomicAdd(counts + digit, __popc(same));
 }
 
 // The first warp finds the digit of the `wanted`th largest: how many digits are above it, how many are equal.
@@ -65,10 +61,10 @@ __device__ __forceinline__ void find_digit(Shared& s, u32 wanted) {
     }
 }
 
-// A bound that exactly the `wanted` largest of distinct keys reach. `from.each(visit)` calls visit(present, key) with whole
-// warps.
+// A bound that the `wanted` largest of distinct keys reach, and at most `spare` others. `from.each(visit)` calls
+// visit(present, key) with whole warps.
 template <class Keys>
-__device__ __forceinline__ u64 bound_of(Shared& s, u32 wanted, u64 slot_mask, const Keys& from) {
+__device__ __forceinline__ u64 bound_of(Shared& s, u32 wanted, u32 spare, u64 slot_mask, const Keys& from) {
     u64 bound = 0, known = 0;
     for (int shift = 56;; shift -= 8) {
         if (shift == 56 - 8 * SCORE_DIGITS) shift = 24;
@@ -82,7 +78,7 @@ __device__ __forceinline__ u64 bound_of(Shared& s, u32 wanted, u64 slot_mask, co
         bound |= (u64)s.digit << shift;
         known |= 255ull << shift;
         wanted -= s.above;
-        if (s.within == wanted) return bound;
+        if (s.within <= wanted + spare) return bound;
     }
 }
 
@@ -101,7 +97,7 @@ struct Groups {
 };
 
 // The candidates of a row that are not below `least`: in all its chunks or, where groups of 2^bits chunks are `chosen`, in
-// theirs. A lane reads a chunk at once, and once more each score that it has to show.
+// theirs. A lane reads AHEAD chunks at once.
 struct Scores {
     const Row& row;
     const u32* chosen;
@@ -111,19 +107,29 @@ struct Scores {
     template <class Visit>
     __device__ __forceinline__ void each(Visit visit) const {
 #pragma unroll 1
-        for (u32 base = threadIdx.x & ~31u; base < count; base += THREADS) {
-            const u32 i = base + (threadIdx.x & 31);
-            const u32 chunk = i < count && chosen ? chosen[i >> bits] << bits | (i & ((1u << bits) - 1)) : i;
-            u32 keys[CHUNK] = {}, shown = 0;
-            if (i < count) row.read(keys, chunk);
+        for (u32 base = threadIdx.x & ~31u; base < count; base += AHEAD * THREADS) {
+            u32 chunks[AHEAD], keys[AHEAD][CHUNK];
 #pragma unroll
-            for (int j = 0; j < CHUNK; j++) shown |= (keys[j] >= (u32)(least >> 32)) << j;
-            if (i >= count) shown = 0;
-            for (; __any_sync(ALL_LANES, shown); shown &= shown - 1) {
-                const u32 slot = chunk * CHUNK + (__ffs(shown | 1u << CHUNK) - 1);
-                const bool present = shown && row.holds(slot);
-                const u64 key = (u64)(present ? key_of(row.slots[slot]) : 0) << 32 | (last - slot);
-                visit(present && key >= least, key);
+            for (int n = 0; n < AHEAD; n++) {
+                const u32 i = base + n * THREADS + (threadIdx.x & 31);
+                chunks[n] = i >= count ? NO_CHUNK : chosen ? chosen[i >> bits] << bits | (i & ((1u << bits) - 1)) : i;
+                if (i < count) row.read(keys[n], chunks[n]);
+            }
+#pragma unroll
+            for (int n = 0; n < AHEAD; n++) {
+                u32 shown = 0;
+#pragma unroll
+                for (int j = 0; j < CHUNK; j++) shown |= (keys[n][j] >= (u32)(least >> 32)) << j;
+                if (chunks[n] == NO_CHUNK) shown = 0;
+                for (; __any_sync(ALL_LANES, shown); shown &= shown - 1) {
+                    const int at = __ffs(shown) - 1;
+                    const u32 slot = chunks[n] * CHUNK + at;
+                    u32 own = 0;
+#pragma unroll
+                    for (int j = 0; j < CHUNK; j++) own = j == at ? keys[n][j] : own;
+                    const u64 key = (u64)own << 32 | (last - slot);
+                    visit(shown && row.holds(slot) && key >= least, key);
+                }
             }
         }
     }
@@ -149,10 +155,27 @@ __device__ __forceinline__ u32 restart(Shared& s) {
     return found;
 }
 
-// Largest first; `size` is a power of two.
+// Key i of a bitonic sort after its exchanges with keys of the same warp, from STEP apart down, in runs of `run`.
+template <u32 STEP>
+__device__ __forceinline__ u64 exchanged(u64 key, u32 i, u32 run) {
+#pragma unroll
+    for (u32 step = STEP; step; step /= 2) {
+        const u64 other = __shfl_xor_sync(ALL_LANES, key, step);
+        const bool larger = ((i & step) == 0) == ((i & run) == 0);  // of the two is kept
+        key = (key > other) == larger ? key : other;
+    }
+    return key;
+}
+
+// Largest first; `size` is a power of two and at least 32.
 __device__ __forceinline__ void sort(u64* keys, u32 size) {
-    for (u32 run = 2; run <= size; run *= 2)
-        for (u32 step = run / 2; step; step /= 2) {
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < size; i += THREADS) {
+        const u64 eights = exchanged<4>(exchanged<2>(exchanged<1>(keys[i], i, 2), i, 4), i, 8);
+        keys[i] = exchanged<16>(exchanged<8>(eights, i, 16), i, 32);
+    }
+    for (u32 run = 64; run <= size; run *= 2) {
+        for (u32 step = run / 2; step >= 32; step /= 2) {
             __syncthreads();
             for (u32 i = threadIdx.x; i < size / 2; i += THREADS) {
                 const u32 low = 2 * i - (i & (step - 1)), high = low + step;
@@ -163,16 +186,20 @@ __device__ __forceinline__ void sort(u64* keys, u32 size) {
                 }
             }
         }
+        __syncthreads();
+        for (u32 i = threadIdx.x; i < size; i += THREADS) keys[i] = exchanged<16>(keys[i], i, run);
+    }
     __syncthreads();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     topk(const void* __restrict__ scores, const u32* maxima, i64* __restrict__ positions, float* __restrict__ best,
-         i64 heads, i64 token_stride, i64 head_stride, i64 tokens, i64 groups, i64 lanes, i64 k, i64 slot_mask) {
+         i64 heads, i64 token_stride, i64 head_stride, i64 tokens, i64 groups, i64 lanes, i64 margin, i64 k, i64 slot_mask) {
+    let_next_kernel_start();
     extern __shared__ __align__(16) u8 shared[];
     Shared& s = *(Shared*)shared;
     const i64 row = blockIdx.x;
-    const Row all(scores, row, heads, token_stride, head_stride, tokens);
+    const Row all(scores, row, heads, token_stride, head_stride, tokens, margin);
     const u32 last = (u32)slot_mask;
     if (threadIdx.x == 0) s.found = 0;
     await_previous_kernel();
@@ -188,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         __syncthreads();
         const Groups maxima_of_row{maxima, (u32)groups, last};
-        const u64 bound = bound_of(s, (u32)k, slot_mask, maxima_of_row);
+        const u64 bound = bound_of(s, (u32)k, min((u32)k / SPARE, GROUPS_MOST - (u32)k), slot_mask, maxima_of_row);
         maxima_of_row.each([&](bool present, u64 key) { append(s, s.chosen, GROUPS_MOST, present && key >= bound, last - (u32)key); });
         from.count = restart(s) << from.bits;
         from.chosen = s.chosen;
@@ -199,9 +226,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         from.each([&](bool present, u64 key) { append(s, s.candidates, CANDIDATES, present, key); });
         found = restart(s);
         if (found <= CANDIDATES) break;
-        from.least = bound_of(s, (u32)k, slot_mask, from);
+        from.least = bound_of(s, (u32)k, CANDIDATES - (u32)k, slot_mask, from);
     }
-    u32 size = 1;
+    u32 size = 32;
     while (size < found) size *= 2;
     for (u32 i = found + threadIdx.x; i < size; i += THREADS) s.candidates[i] = 0;
     sort(s.candidates, size);

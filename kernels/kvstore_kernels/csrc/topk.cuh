@@ -1,9 +1,10 @@
 // A row of scores, read in chunks of eight as integers that sort as the numbers do.
 //
-// A row may begin anywhere: its slots count from the 16-byte boundary at or before it, so that position p has slot
-// p + shift, and chunk c has slots 8 c .. 8 c + 7. What lies outside the row is never read, and counts as key 0.
+// A row may begin anywhere: its slots count from the 16-byte boundary at or before the place `margin` numbers before it, so that
+// position p has slot p + shift, and chunk c has slots 8 c .. 8 c + 7. What lies outside the row is never read, and counts as
+// key 0.
 #pragma once
-#include "ptx.cuh"
+#include "key.cuh"
 
 #define CHUNK 8
 #if HALF
@@ -13,11 +14,9 @@ typedef u32 Score;
 #endif
 #define WORDS (CHUNK * (int)sizeof(Score) / 4)  // of a chunk
 
-// Zeros of either sign are equal. The key of a half has its lower 16 bits clear.
-__device__ __forceinline__ u32 key_of(Score score) {
-    const u32 bits = HALF ? (u32)score << 16 : (u32)score, sign = 0x80000000u;
-    const u32 number = bits == sign ? 0 : bits;
-    return (number & sign ? ~number : number | sign) & (HALF ? 0xffff0000u : 0xffffffffu);
+// The key of a half has its lower 16 bits clear.
+__device__ __forceinline__ u32 key_of_score(Score score) {
+    return HALF ? key_of((u32)score << 16) & 0xffff0000u : key_of((u32)score);
 }
 
 struct Row {
@@ -25,9 +24,9 @@ struct Row {
     u32 shift, end;  // slots [shift, end) hold the row
 
     // Row `row` of [T, heads, tokens] with these strides.
-    __device__ __forceinline__ Row(const void* scores, i64 row, i64 heads, i64 token_stride, i64 head_stride, i64 tokens) {
+    __device__ __forceinline__ Row(const void* scores, i64 row, i64 heads, i64 token_stride, i64 head_stride, i64 tokens, i64 margin) {
         const Score* first = (const Score*)scores + row / heads * token_stride + row % heads * head_stride;
-        shift = (u32)((u64)first & 15) / sizeof(Score);
+        shift = (u32)margin + (u32)((u64)(first - margin) & 15) / sizeof(Score);
         slots = first - shift;
         end = shift + (u32)tokens;
     }
@@ -40,13 +39,13 @@ struct Row {
 #pragma unroll
         for (int i = 0; i < WORDS; i += 4) *(uint4*)(words + i) = ((const uint4*)(slots + (i64)chunk * CHUNK))[i / 4];
 #pragma unroll
-        for (int i = 0; i < CHUNK; i++) keys[i] = key_of((Score)(HALF ? words[i / 2] >> i % 2 * 16 : words[i % WORDS]));
+        for (int i = 0; i < CHUNK; i++) keys[i] = key_of_score((Score)(HALF ? words[i / 2] >> i % 2 * 16 : words[i % WORDS]));
     }
 
     __device__ __forceinline__ void read(u32 (&keys)[CHUNK], u32 chunk) const {
         if (chunk * CHUNK >= shift && (chunk + 1) * CHUNK <= end) return read_whole(keys, chunk);
 #pragma unroll
-        for (int i = 0; i < CHUNK; i++) keys[i] = holds(chunk * CHUNK + i) ? key_of(slots[chunk * CHUNK + i]) : 0;
+        for (int i = 0; i < CHUNK; i++) keys[i] = holds(chunk * CHUNK + i) ? key_of_score(slots[chunk * CHUNK + i]) : 0;
     }
 };
 

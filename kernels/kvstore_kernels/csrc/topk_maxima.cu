@@ -16,7 +16,7 @@ extern "C" __global__ void __launch_bounds__(256)
     let_next_kernel_start();
     await_previous_kernel();
     const i64 row = blockIdx.x / blocks;
-    const Row all(scores, row, heads, token_stride, head_stride, tokens);
+    const Row all(scores, row, heads, token_stride, head_stride, tokens, 0);
     const u32 block_first = (u32)(blockIdx.x % blocks) * (256 * CHUNKS), first = block_first + threadIdx.x;
     u32 most[CHUNKS];
     if (block_first * CHUNK >= all.shift && (block_first + 256 * CHUNKS) * CHUNK <= all.end) {

@@ -158,6 +158,15 @@ class CudaBackend:
         return topk.topk(self._to_device(scores), k)
 
     @on_stream
+    def best(
+        self, q: Tensor, keys: Stored, k: int, *, sm_scale: float, logit_soft_cap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        q, keys = self._to_device(q), self._placed(keys, values=False)
+        if isinstance(keys, SignPages):
+            return topk.best(q, keys, k, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap)
+        return topk.topk(dense.score(q, keys.data, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap), k)
+
+    @on_stream
     def to_host(self, results: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
         return self._begin_fetch(results)
 
