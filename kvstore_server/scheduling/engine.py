@@ -268,7 +268,9 @@ class Engine:
         """Launches what has come meanwhile, or has the device thread do it."""
         with self._wake:
             lane = self._lanes["query"]
-            if not lane or lane.first().at_once is None:
+            if not lane:
+                return
+            if lane.first().at_once is None:
                 self._wake.notify()
                 return
             taken = lane.take(TOGETHER_MAX)
