@@ -104,7 +104,7 @@ class Handlers:
         return make(
             stream if method.server_streaming else single,
             request_deserializer=parse,
-            response_serializer=GetMessageClass(method.output_type).SerializeToString,
+            response_serializer=_serialized,
         )
 
     @asynccontextmanager
@@ -152,7 +152,7 @@ class Handlers:
         self,
         context: grpc.aio.ServicerContext,
         call: "CallInProgress",
-        responses: AsyncGenerator[Message],
+        responses: AsyncGenerator[Message | bytes],
         nothing: Callable[[], Message],
     ) -> None:
         """A client that does not read must not hold its place for ever."""
@@ -213,17 +213,20 @@ class CallInProgress:
         return request
 
     async def checked(self, requests: AsyncIterator[Any], seconds: float | None) -> AsyncIterator[Any]:
-        """Each message, which may take so long to come."""
+        """Each message, which may take so long to come; as long as it likes for None."""
+        if seconds is None:
+            async for request in requests:
+                self.check()
+                yield _well_formed(request)
+            return
         incoming = aiter(requests)
         while (request := await self._next(incoming, seconds)) is not None:
             self.check()
             yield _well_formed(request)
 
     @staticmethod
-    async def _next(incoming: AsyncIterator[Any], seconds: float | None) -> Any:
+    async def _next(incoming: AsyncIterator[Any], seconds: float) -> Any:
         """None at the end."""
-        if seconds is None:
-            return await anext(incoming, None)
         limit = asyncio.timeout(seconds)
         try:
             async with limit:
@@ -245,6 +248,10 @@ def _target(request: Any) -> str:
     """The session that a request names; of a fork source and name."""
     names = [getattr(request, field, "") for field in ("source", "name")]
     return " -> ".join(name[:TARGET_CHARACTERS_MAX] for name in names if name)
+
+
+def _serialized(response: Message | bytes) -> bytes:
+    return response if isinstance(response, bytes) else response.SerializeToString()
 
 
 def _well_formed(request: Any) -> Any:

@@ -149,7 +149,9 @@ class KVStoreServicer:
             fidelity=convert.fidelity_to(answer.fidelity),
         )
 
-    async def Attend(self, requests: AsyncIterator[pb.AttendRequest], call: Call) -> AsyncIterator[pb.AttendResponse]:
+    async def Attend(
+        self, requests: AsyncIterator[pb.AttendRequest], call: Call
+    ) -> AsyncIterator[pb.AttendResponse | bytes]:
         stream = AttendStream(
             self._sessions.querying, self._limits, call.tenant, self._admission, self._sessions.telemetry
         )

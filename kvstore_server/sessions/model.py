@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvstore_codecs.plan import Fit
 from kvstore_codecs.spec import CodecSpec, Kind, ModelShape
+from kvstore_kernels.host import HostArray
 from kvstore_server.storage.geometry import Part
 
 
@@ -82,17 +83,17 @@ class Fidelity:
     codec: str
     codec_fingerprint: str
     precision: Precision
-    score_stderr: float
     exact: bool
     positions_beyond: int
+    score_stderr: float = 0.0
 
 
 @dataclass(frozen=True)
 class AttendAnswer:
     """out [T, heads, D] in q's dtype and natural-log lse float32 [T, heads], over the remote tokens only."""
 
-    out: Tensor
-    lse: Tensor
+    out: HostArray
+    lse: HostArray
     generation: str
     length: int
     fidelity: Fidelity

@@ -13,6 +13,7 @@ from kvstore_kernels.backend import Attended, State, Stored
 from kvstore_kernels.cuda import attend, decode, dense, encode, mixed, pack_page, score, score_at, topk
 from kvstore_kernels.cuda.pages import PAGE_TOKENS, PAGE_UNIT, Pages, SignPages, page_bytes
 from kvstore_kernels.cuda.replay import Answer, Recorder
+from kvstore_kernels.host import HostArray
 from kvstore_kernels.merge import merge_states
 from kvstore_kernels.paging import Paging
 from kvstore_kernels.shapes import check_pair, tokens_of
@@ -123,7 +124,7 @@ class CudaBackend:
 
     def attend_again(
         self,
-        q: Tensor,
+        q: Sequence[HostArray],
         *,
         sm_scale: float,
         logit_soft_cap: float,
