@@ -206,7 +206,9 @@ class Engine:
             self._failed(waiting, error)
             return
         if not isinstance(results, Later):
-            self._note(lane, due[0].tenant, queued, monotonic() - now)
+            seconds = monotonic() - now
+            self._charge(lane, due[0].tenant, len(due), seconds)
+            self._ran(lane, queued, seconds)
             settle(waiting, results)
             return
         run = Run(lane, due[0].tenant, waiting, queued, now, results)
@@ -280,10 +282,9 @@ class Engine:
                 if not self._at_once:
                     self._wake.notify()
 
-    def _note(self, lane: Lane, tenant: str, queued: list[float], seconds: float) -> None:
+    def _charge(self, lane: Lane, tenant: str, pieces: int, seconds: float) -> None:
         with self._wake:
-            self._lanes[lane].charge(tenant, len(queued), seconds)
-        self._ran(lane, queued, seconds)
+            self._lanes[lane].charge(tenant, pieces, seconds)
 
     def _finish(self, run: Run, next_one: Callable[[], None] = lambda: None) -> None:
         """Waits for the device, which may have its next work then, and answers."""
@@ -293,9 +294,11 @@ class Engine:
             self._failed(run.waiting, error)
             next_one()
             return
+        seconds = monotonic() - run.begun
+        self._charge(run.lane, run.tenant, len(run.waiting), seconds)
         next_one()
-        self._note(run.lane, run.tenant, run.queued, monotonic() - run.begun)
         settle(run.waiting, results)
+        self._ran(run.lane, run.queued, seconds)
 
     def _failed(self, waiting: list[Promise], error: BaseException) -> None:
         """Answers work that raised; a lost device ends everything."""
