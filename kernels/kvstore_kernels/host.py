@@ -1,7 +1,6 @@
 """Tensors in host memory as numpy holds them: to cut and copy a few rows takes torch several times as long."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +15,7 @@ NUMPY: dict[torch.dtype, type[np.generic]] = {
 """Of bfloat16, which numpy does not know, the bits."""
 
 
-@dataclass(frozen=True, slots=True)
-class HostArray:
+class HostArray(NamedTuple):
     """A tensor of `dtype`; `array` is of NUMPY[dtype] and may be one that cannot be written."""
 
     array: NDArray[Any]

@@ -5,11 +5,12 @@ reads the stream, and its answer comes back as a callback.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Hashable
+from collections.abc import Awaitable, Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
+from typing import TypeAlias
 
 import torch
 
@@ -20,12 +21,15 @@ from kvstore_server.limits import Limits
 from kvstore_server.rpc import convert
 from kvstore_server.rpc.admission import STEP_RETRY_SECONDS, Admission
 from kvstore_server.rpc.attend_replies import encode_attended
+from kvstore_server.rpc.outbox import Outbox
 from kvstore_server.rpc.status import code_name, status_of
 from kvstore_server.scheduling.completion import Told
 from kvstore_server.sessions.model import AttendAnswer, Query
 from kvstore_server.sessions.querying import Prepared, Querying, Tell
 from kvstore_server.telemetry import Telemetry
 
+Receive: TypeAlias = Callable[[], Awaitable[pb.AttendRequest | None]]
+"""The next message; None at the end."""
 KNOWN_MAX = 1024
 """Kinds of items that a stream remembers: a few for each layer of each session."""
 
@@ -63,9 +67,15 @@ class AttendStream:
     """One caller's stream. An error answers the step it belongs to and never ends the stream."""
 
     def __init__(
-        self, querying: Querying, limits: Limits, tenant: str, admission: Admission, telemetry: Telemetry
+        self,
+        querying: Querying,
+        limits: Limits,
+        tenant: str,
+        admission: Admission,
+        telemetry: Telemetry,
+        outbox: Outbox,
     ) -> None:
-        self._telemetry = telemetry
+        self._telemetry, self._outbox = telemetry, outbox
         self._querying, self._limits, self._tenant, self._admission = querying, limits, tenant, admission
         self._turns, self._room = admission.turns(tenant), admission.pools["steps"].share(tenant)
         self._bound: dict[int, tuple[str, str]] = {}
@@ -75,33 +85,32 @@ class AttendStream:
         self._heard = monotonic()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._answers: asyncio.Queue[tuple[pb.AttendResponse | bytes, int | None] | None] = asyncio.Queue()
-        """Each with the bytes whose place it holds until the client has taken it, if it holds one."""
         self._taking = asyncio.Event()
+        outbox.taken = self._taken_up
 
-    async def run(self, requests: AsyncIterator[pb.AttendRequest]) -> AsyncGenerator[pb.AttendResponse | bytes]:
+    async def run(self, receive: Receive) -> None:
         """Answers until the caller is done, has been idle too long, or the server drains."""
-        serving = asyncio.create_task(self._serve(requests))
+        serving = asyncio.create_task(self._serve(receive))
+        ended = self._outbox.ended
         try:
-            while (answer := await self._answers.get()) is not None:
-                try:
-                    yield answer[0]
-                finally:
-                    self._let_go(answer[1])
-                self._taking.set()
-            await serving
+            await asyncio.wait({serving, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                await self._outbox.flush()
+            if ended.done():
+                ended.result()
+            serving.result()
         finally:
             serving.cancel()
-            for request_id in list(self._steps):
-                self._drop(request_id)
-            while not self._answers.empty():
-                if (answer := self._answers.get_nowait()) is not None:
-                    self._let_go(answer[1])
-            with suppress(asyncio.CancelledError):
-                await asyncio.gather(serving, return_exceptions=True)
+            try:
+                with suppress(asyncio.CancelledError):
+                    await asyncio.gather(serving, return_exceptions=True)
+            finally:  # no step comes in any more
+                for request_id in list(self._steps):
+                    self._drop(request_id)
+                self._outbox.close()
 
-    async def _serve(self, requests: AsyncIterator[pb.AttendRequest]) -> None:
-        reading = asyncio.create_task(self._read(requests))
+    async def _serve(self, receive: Receive) -> None:
+        reading = asyncio.create_task(self._read(receive))
         drained = asyncio.create_task(self._admission.draining.wait())
         aged = asyncio.get_running_loop().call_later(self._limits.attend_stream_seconds_max, self._go_away)
         try:
@@ -118,14 +127,15 @@ class AttendStream:
             reading.cancel()
             drained.cancel()
             aged.cancel()
-            self._answers.put_nowait(None)
 
     def _go_away(self) -> None:
         """Asks for the next steps on another stream. While the server goes on these are still answered."""
-        self._put(pb.AttendResponse(going_away=pb.AttendGoingAway()))
+        self._outbox.put(pb.AttendResponse(going_away=pb.AttendGoingAway()))
 
-    def _put(self, response: pb.AttendResponse | bytes, size: int | None = None) -> None:
-        self._answers.put_nowait((response, size))
+    def _taken_up(self, size: int | None) -> None:
+        """An answer has left, or never will."""
+        self._let_go(size)
+        self._taking.set()
 
     def _let_go(self, size: int | None) -> None:
         if size is not None:
@@ -135,9 +145,9 @@ class AttendStream:
         """Seconds without a message or a step in flight."""
         return 0.0 if self._steps else monotonic() - self._heard
 
-    async def _read(self, requests: AsyncIterator[pb.AttendRequest]) -> None:
-        async for request in requests:
-            while self._answers.qsize() >= self._limits.attend_inflight_steps_max:
+    async def _read(self, receive: Receive) -> None:
+        while (request := await receive()) is not None:
+            while len(self._outbox) >= self._limits.attend_inflight_steps_max:
                 self._taking.clear()  # a client that only sends must not pile up answers here
                 await self._taking.wait()
             self._heard = monotonic()
@@ -145,7 +155,7 @@ class AttendStream:
             if body == "step":
                 self._start(request.step)
             elif body == "bind":
-                self._put(await self._bind(request.bind))
+                self._outbox.put(await self._bind(request.bind))
             elif body == "cancel":
                 self._drop(request.cancel.request_id)
             else:
@@ -181,7 +191,7 @@ class AttendStream:
         except Exception as error:
             if size is not None and (flying := self._taken(step.request_id)) is not None:
                 flying.cancel()
-            self._put(self._refusal(step.request_id, error, begun), size)
+            self._outbox.put(self._refusal(step.request_id, error, begun), size)
 
     def _begin(self, flying: StepInFlight, step: pb.AttendStep, data: bytes, deadline: float) -> None:
         """Asks for the answers of all items; only those of sessions that are not loaded need a task."""
@@ -286,16 +296,16 @@ class AttendStream:
             flying.cancel()
             if not isinstance(error, Exception):
                 raise error or AssertionError("neither an answer nor an error")
-            self._put(self._refusal(request_id, error, flying.begun), flying.bytes)
+            self._outbox.put(self._refusal(request_id, error, flying.begun), flying.bytes)
             return
         answers = [answer] if len(flying.answers) == 1 else [flying.answers[each] for each in sorted(flying.answers)]
-        self._put(encode_attended(request_id, answers, flying.lse_base), flying.bytes)
+        self._outbox.put(encode_attended(request_id, answers, flying.lse_base), flying.bytes)
         self._telemetry.step("OK", monotonic() - flying.begun)
 
     def _late(self, step: pb.AttendStep) -> None:
         if self._drop(step.request_id):
             late = DeadlineExceeded("DEADLINE", f"the step took longer than {step.timeout_ms} ms")
-            self._put(self._refusal(step.request_id, late, monotonic() - step.timeout_ms / 1000))
+            self._outbox.put(self._refusal(step.request_id, late, monotonic() - step.timeout_ms / 1000))
 
     def _refusal(self, request_id: int, error: Exception, begun: float) -> pb.AttendResponse:
         status = status_of(error)

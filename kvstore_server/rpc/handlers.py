@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -25,6 +26,7 @@ from kvstore_server.monitoring.traces import traced
 from kvstore_server.rpc.admission import POOL_OF, Admission, Place
 from kvstore_server.rpc.append_messages import parse_append
 from kvstore_server.rpc.authentication import NEEDED, Authenticator, Call, check_role, presented
+from kvstore_server.rpc.outbox import Outbox
 from kvstore_server.rpc.status import abort
 from kvstore_server.telemetry import Outcome, Telemetry
 
@@ -84,7 +86,7 @@ class Handlers:
 
         async def request_of(requests: AsyncIterator[Any], call: "CallInProgress") -> Any:
             if method.client_streaming:
-                return call.checked(requests, None if method.name == "Attend" else self._limits.read_seconds_max)
+                return call.checked(requests, self._limits.read_seconds_max)
             return await call.only(requests, counted=POOL_OF.get(method.name) == "queries")
 
         async def single(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
@@ -98,11 +100,18 @@ class Handlers:
                 responses = run(await request_of(requests, call), call.facts)
                 await self._write(context, call, responses, GetMessageClass(method.output_type))
 
+        async def duplex(_: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
+            seconds, nothing = self._limits.write_seconds_max, GetMessageClass(method.output_type)
+            async with self._guarded(method.name, context) as call:
+                outbox = Outbox(context.write, call.check, seconds, lambda: SlowReader(seconds, nothing()))
+                await run(partial(call.next, context), call.facts, outbox)
+
         make = (
             grpc.stream_stream_rpc_method_handler if method.server_streaming else grpc.stream_unary_rpc_method_handler
         )
+        handle = single if not method.server_streaming else duplex if method.client_streaming else stream
         return make(
-            stream if method.server_streaming else single,
+            handle,
             request_deserializer=parse,
             response_serializer=_serialized,
         )
@@ -212,13 +221,16 @@ class CallInProgress:
             self.place.grow(request.ByteSize())
         return request
 
-    async def checked(self, requests: AsyncIterator[Any], seconds: float | None) -> AsyncIterator[Any]:
-        """Each message, which may take so long to come; as long as it likes for None."""
-        if seconds is None:
-            async for request in requests:
-                self.check()
-                yield _well_formed(request)
-            return
+    async def next(self, context: grpc.aio.ServicerContext) -> Any:
+        """The next message, which may take as long as it likes to come; None at the end."""
+        request = await context.read()
+        if request is grpc.aio.EOF:
+            return None
+        self.check()
+        return _well_formed(request)
+
+    async def checked(self, requests: AsyncIterator[Any], seconds: float) -> AsyncIterator[Any]:
+        """Each message, which may take so long to come."""
         incoming = aiter(requests)
         while (request := await self._next(incoming, seconds)) is not None:
             self.check()

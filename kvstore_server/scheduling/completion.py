@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -14,8 +14,7 @@ AHEAD_MAX = 2
 """Runs that may be unfinished while another is launched: more would only keep queries from being run together."""
 
 
-@dataclass(frozen=True, slots=True)
-class Later(Generic[T_co]):
+class Later(NamedTuple, Generic[T_co]):
     """What `wait()` returns once the device has it; it blocks, without holding up other threads."""
 
     wait: Callable[[], T_co]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,8 +44,7 @@ class Device:
         return self.memory.blocks(prefix.resident, prefix.layer, start, prefix.end, _levels_of(prefix.precision))
 
 
-@dataclass(frozen=True)
-class Prefix:
+class Prefix(NamedTuple):
     """Positions [0, end) of one layer of one session, read at `precision`."""
 
     resident: ResidentSession
@@ -65,11 +64,10 @@ class Prefix:
 
     def finest(self) -> "Prefix":
         keys, values = self.floor
-        return replace(self, precision=replace(self.precision, keys_level=keys, values_level=values), refine=0)
+        return self._replace(precision=replace(self.precision, keys_level=keys, values_level=values), refine=0)
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One caller's rows [T, Hq, D] of a pass, which heads it asked for, and the session as the caller knows it."""
 
     q: HostArray
@@ -92,8 +90,7 @@ def full_heads(q: Tensor, head_offset: int, query_heads: int) -> Tensor:
     return whole
 
 
-@dataclass(frozen=True, slots=True)
-class Pass:
+class Pass(NamedTuple):
     """Attention of several callers over one prefix, all in one pass over its rows."""
 
     device: Device

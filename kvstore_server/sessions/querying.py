@@ -200,7 +200,7 @@ class Querying:
         q, heads = self._full(prefix, query), self._asked_heads(query)
         fidelity = await self._engine.run(lambda: attention.fidelity(prefix, q, heads), deadline, tenant=tenant)
         for first in range(start, query.end, step) or (start,):
-            part = replace(prefix, end=min(first + step, query.end))
+            part = prefix._replace(end=min(first + step, query.end))
 
             def work(first: int = first, part: attention.Prefix = part) -> Later[Sequence[torch.Tensor]]:
                 return Later(attention.score(self._device, part, first, q))

@@ -31,15 +31,18 @@ class Answer:
         self._recording, self._rows = recording, rows
         self._lock = threading.Lock()
         self._answer: AttendedHost | None = None
+        self._is_there = False
 
     def ready(self) -> bool:
-        return self._answer is not None or self._recording.done.query()
+        self._is_there = self._is_there or self._answer is not None or self._recording.done.query()
+        return self._is_there
 
     def host(self) -> AttendedHost:
         with self._lock:
             if self._answer is None:
                 recording, rows = self._recording, self._rows
-                recording.done.synchronize()
+                if not self._is_there:
+                    recording.done.synchronize()
                 out, lse, *variances = [each.rows(rows) for each in recording.answer]
                 self._answer = out, lse, variances[0] if variances else None
                 recording.asked = None
