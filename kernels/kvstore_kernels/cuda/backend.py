@@ -47,7 +47,7 @@ class CudaBackend:
         self.device = device
         self.name = f"{device} {torch.cuda.get_device_name(device)}"
         self.paging: Paging | None = self
-        self._stream = torch.cuda.Stream(device)
+        self._stream, self._beside = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._recorder = Recorder(self._stream)
 
     @on_stream
@@ -103,10 +103,17 @@ class CudaBackend:
 
         def attend_parts(on_device: Tensor) -> Attended:
             state: State | None = None
+            variances: Tensor | None = None
+            if noise is not None:  # small kernels one after another: beside those of the attention
+                self._beside.wait_stream(self._stream)
+                with torch.cuda.stream(self._beside):
+                    variances = kept[NOISE](on_device)
             for keys, values in parts:
                 state = self._attend(on_device, keys, values, sm_scale, logit_soft_cap, debias, state)
             assert state is not None
-            return state[0].to(on_device.dtype), state[1], None if noise is None else kept[NOISE](on_device)
+            if noise is not None:
+                self._stream.wait_stream(self._beside)
+            return state[0].to(on_device.dtype), state[1], variances
 
         if all(_stays(rows) for part in parts for rows in part):
             key = sm_scale, logit_soft_cap, debias, noise is None
