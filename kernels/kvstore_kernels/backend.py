@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvstore_kernels import reference
+from kvstore_kernels.host import HostArray
 from kvstore_kernels.merge import merge_states
 from kvstore_kernels.paging import Paging
 from kvstore_kernels.refined import Ops, attend_refined, score_at
@@ -19,6 +20,8 @@ from kvstore_kernels.variance import ScoreNoise
 State = tuple[Tensor, Tensor]
 Attended = tuple[Tensor, Tensor, Tensor | None]
 """Out [T, Hq, D] in q's dtype, natural-log lse float32 [T, Hq] and, if asked for, variances of logits of that shape."""
+AttendedHost = tuple[HostArray, HostArray, HostArray | None]
+"""The same."""
 Stored = Any
 """Rows in host memory; a backend with `paging` also reads what its device holds: SignPages, and DenseRows there."""
 
@@ -26,7 +29,7 @@ Stored = Any
 class Replayed(Protocol):
     """A result that is on its way."""
 
-    def __call__(self) -> Attended:
+    def host(self) -> AttendedHost:
         """Waits for it."""
         ...
 
@@ -99,7 +102,7 @@ class Backend(Protocol):
 
     def attend_again(
         self,
-        q: Tensor,
+        q: Sequence[HostArray],
         *,
         sm_scale: float,
         logit_soft_cap: float,
@@ -107,7 +110,10 @@ class Backend(Protocol):
         noise: ScoreNoise | None,
         kept: dict[Any, Any],
     ) -> Replayed | None:
-        """What `attend_all` begins for the parts of `kept`, if that takes no more than a launch; None otherwise."""
+        """What `attend_all` begins for the parts of `kept`, if that takes no more than a launch; None otherwise.
+
+        `q` are rows [T, Hq, D] of one dtype, one part after another.
+        """
         ...
 
     def attend_refined(
@@ -208,7 +214,7 @@ class ReferenceBackend:
         attended = out.to(q.dtype), lse, None if noise is None else noise.variance(q)
         return lambda: attended
 
-    def attend_again(self, q: Tensor, **_: Any) -> Replayed | None:
+    def attend_again(self, q: Sequence[HostArray], **_: Any) -> Replayed | None:
         return None
 
     def decode(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Tensor:

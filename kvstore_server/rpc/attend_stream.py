@@ -5,83 +5,112 @@ reads the stream, and its answer comes back as a callback.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Hashable
+from collections.abc import Awaitable, Callable, Hashable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
 from typing import TypeAlias
 
-from torch import Tensor
+import torch
 
+from kvstore_kernels.host import HostArray
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_server.errors import DeadlineExceeded, InvalidArgument, KVStoreError, NotFound, ResourceExhausted
 from kvstore_server.limits import Limits
 from kvstore_server.rpc import convert
 from kvstore_server.rpc.admission import STEP_RETRY_SECONDS, Admission
+from kvstore_server.rpc.attend_replies import encode_attended
+from kvstore_server.rpc.outbox import Outbox
 from kvstore_server.rpc.status import code_name, status_of
+from kvstore_server.scheduling.completion import Told
 from kvstore_server.sessions.model import AttendAnswer, Query
-from kvstore_server.sessions.querying import Prepared, Querying
+from kvstore_server.sessions.querying import Prepared, Querying, Tell
 from kvstore_server.telemetry import Telemetry
 
-PREPARED_MAX = 1024
+Receive: TypeAlias = Callable[[], Awaitable[pb.AttendRequest | None]]
+"""The next message; None at the end."""
+KNOWN_MAX = 1024
 """Kinds of items that a stream remembers: a few for each layer of each session."""
-Answers: TypeAlias = "asyncio.Future[AttendAnswer] | asyncio.Future[list[AttendAnswer]]"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class StepInFlight:
-    """What there is to undo when a step is late or unwanted."""
+    """What is known of a step until it is answered, and what there is to undo when it is late or unwanted."""
 
-    answers: Answers
+    request_id: int
+    lse_base: pb.LseBase.ValueType
     timer: asyncio.TimerHandle
     bytes: int
     begun: float
+    missing: int
+    """Items without an answer."""
+    answers: dict[int, AttendAnswer] = field(default_factory=dict)
+    parts: "list[Told[AttendAnswer] | asyncio.Task[AttendAnswer]]" = field(default_factory=list)
+
+    def cancel(self) -> None:
+        self.timer.cancel()
+        for part in self.parts:
+            part.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Items that ask the same but for their numbers."""
+
+    prepared: Prepared
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 class AttendStream:
     """One caller's stream. An error answers the step it belongs to and never ends the stream."""
 
     def __init__(
-        self, querying: Querying, limits: Limits, tenant: str, admission: Admission, telemetry: Telemetry
+        self,
+        querying: Querying,
+        limits: Limits,
+        tenant: str,
+        admission: Admission,
+        telemetry: Telemetry,
+        outbox: Outbox,
     ) -> None:
-        self._telemetry = telemetry
+        self._telemetry, self._outbox = telemetry, outbox
         self._querying, self._limits, self._tenant, self._admission = querying, limits, tenant, admission
         self._turns, self._room = admission.turns(tenant), admission.pools["steps"].share(tenant)
         self._bound: dict[int, tuple[str, str]] = {}
-        self._prepared: dict[Hashable, Prepared] = {}
+        self._known: dict[Hashable, Known] = {}
         self._steps: dict[int, StepInFlight] = {}
         self._bytes = 0
         self._heard = monotonic()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._answers: asyncio.Queue[tuple[pb.AttendResponse, int | None] | None] = asyncio.Queue()
-        """Each with the bytes whose place it holds until the client has taken it, if it holds one."""
         self._taking = asyncio.Event()
+        outbox.taken = self._taken_up
 
-    async def run(self, requests: AsyncIterator[pb.AttendRequest]) -> AsyncGenerator[pb.AttendResponse]:
+    async def run(self, receive: Receive) -> None:
         """Answers until the caller is done, has been idle too long, or the server drains."""
-        serving = asyncio.create_task(self._serve(requests))
+        serving = asyncio.create_task(self._serve(receive))
+        ended = self._outbox.ended
         try:
-            while (answer := await self._answers.get()) is not None:
-                try:
-                    yield answer[0]
-                finally:
-                    self._let_go(answer[1])
-                self._taking.set()
-            await serving
+            await asyncio.wait({serving, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                await self._outbox.flush()
+            if ended.done():
+                ended.result()
+            serving.result()
         finally:
             serving.cancel()
-            for request_id in list(self._steps):
-                self._drop(request_id)
-            while not self._answers.empty():
-                if (answer := self._answers.get_nowait()) is not None:
-                    self._let_go(answer[1])
-            with suppress(asyncio.CancelledError):
-                await asyncio.gather(serving, return_exceptions=True)
+            try:
+                with suppress(asyncio.CancelledError):
+                    await asyncio.gather(serving, return_exceptions=True)
+            finally:  # no step comes in any more
+                for request_id in list(self._steps):
+                    self._drop(request_id)
+                self._outbox.close()
 
-    async def _serve(self, requests: AsyncIterator[pb.AttendRequest]) -> None:
-        reading = asyncio.create_task(self._read(requests))
+    async def _serve(self, receive: Receive) -> None:
+        reading = asyncio.create_task(self._read(receive))
         drained = asyncio.create_task(self._admission.draining.wait())
         aged = asyncio.get_running_loop().call_later(self._limits.attend_stream_seconds_max, self._go_away)
         try:
@@ -98,14 +127,15 @@ class AttendStream:
             reading.cancel()
             drained.cancel()
             aged.cancel()
-            self._answers.put_nowait(None)
 
     def _go_away(self) -> None:
         """Asks for the next steps on another stream. While the server goes on these are still answered."""
-        self._put(pb.AttendResponse(going_away=pb.AttendGoingAway()))
+        self._outbox.put(pb.AttendResponse(going_away=pb.AttendGoingAway()))
 
-    def _put(self, response: pb.AttendResponse, size: int | None = None) -> None:
-        self._answers.put_nowait((response, size))
+    def _taken_up(self, size: int | None) -> None:
+        """An answer has left, or never will."""
+        self._let_go(size)
+        self._taking.set()
 
     def _let_go(self, size: int | None) -> None:
         if size is not None:
@@ -115,9 +145,9 @@ class AttendStream:
         """Seconds without a message or a step in flight."""
         return 0.0 if self._steps else monotonic() - self._heard
 
-    async def _read(self, requests: AsyncIterator[pb.AttendRequest]) -> None:
-        async for request in requests:
-            while self._answers.qsize() >= self._limits.attend_inflight_steps_max:
+    async def _read(self, receive: Receive) -> None:
+        while (request := await receive()) is not None:
+            while len(self._outbox) >= self._limits.attend_inflight_steps_max:
                 self._taking.clear()  # a client that only sends must not pile up answers here
                 await self._taking.wait()
             self._heard = monotonic()
@@ -125,7 +155,7 @@ class AttendStream:
             if body == "step":
                 self._start(request.step)
             elif body == "bind":
-                self._put(await self._bind(request.bind))
+                self._outbox.put(await self._bind(request.bind))
             elif body == "cancel":
                 self._drop(request.cancel.request_id)
             else:
@@ -139,80 +169,88 @@ class AttendStream:
             generation = bind.generation if bind.HasField("generation") else None
             info = await self._querying.bind(self._tenant, bind.session, generation)
             if self._bound.get(bind.handle) != (info.name, info.generation):
-                self._prepared.clear()
+                self._known.clear()
             self._bound[bind.handle] = (info.name, info.generation)
             return pb.AttendResponse(handle=bind.handle, bound=pb.AttendBound(session=convert.session_to(info)))
         except Exception as error:
             return pb.AttendResponse(handle=bind.handle, error=status_of(error))
 
     def _start(self, step: pb.AttendStep) -> None:
-        begun, size = monotonic(), None
+        begun, data, size = monotonic(), step.q.data, None
+        deadline = begun + step.timeout_ms / 1000
         try:
-            deadline = begun + step.timeout_ms / 1000
-            size = self._admit(step, deadline)
-            answers = self._answers_of(step, deadline)
+            self._admit(step, deadline)
+            self._room.take(len(data))
+            size = len(data)
+            timer = asyncio.get_running_loop().call_later(step.timeout_ms / 1000, self._late, step)
+            flying = StepInFlight(step.request_id, step.lse_base, timer, size, begun, len(step.items))
+            self._steps[step.request_id] = flying
+            self._bytes += size
+            self._idle.clear()
+            self._begin(flying, step, data, deadline)
         except Exception as error:
-            self._put(self._refusal(step, error, begun), size)
-            return
-        timer = asyncio.get_running_loop().call_later(step.timeout_ms / 1000, self._late, step)
-        self._steps[step.request_id] = StepInFlight(answers, timer, size, begun)
-        self._bytes += size
-        self._idle.clear()
-        answers.add_done_callback(partial(self._answered, step))
+            if size is not None and (flying := self._taken(step.request_id)) is not None:
+                flying.cancel()
+            self._outbox.put(self._refusal(step.request_id, error, begun), size)
 
-    def _answers_of(self, step: pb.AttendStep, deadline: float) -> Answers:
-        """One answer, or one an item; only items of sessions that are not loaded need a task."""
+    def _begin(self, flying: StepInFlight, step: pb.AttendStep, data: bytes, deadline: float) -> None:
+        """Asks for the answers of all items; only those of sessions that are not loaded need a task."""
+        items, shape = step.items, tuple(step.q.shape)
+        if len(items) == 1 and (known := self._known.get(_asked(step, items[0], shape))) is not None:
+            q = convert.floats_from(data, known.dtype, known.shape, "step.q")
+            tell = partial(self._told, flying, 0)
+            told = self._querying.attend_prepared(self._tenant, known.prepared, q, deadline, tell)
+            if told is not None:
+                flying.parts.append(told)
+                return
         convert.chosen(convert.LSE_FACTORS, step.lse_base, "step.lse_base")
-        q = convert.tensor_from(step.q, "step.q", dims=3)
-        items = step.items
+        q = convert.host_from(step.q, "step.q", dims=3)
         rows = [item.rows for item in items]
-        if not rows or min(rows) < 1 or sum(rows) != q.shape[0]:
-            raise InvalidArgument("step.items", f"rows {rows[:8]} do not add up to q's {q.shape[0]}")
-        if len(rows) == 1:
-            return self._answer_of(step, items[0], q, deadline)
-        for item in items:
-            self._session_of(item)
-        answers: list[asyncio.Future[AttendAnswer]] = []
-        try:
-            for item, part in zip(items, q.split(rows), strict=True):
-                answer = self._answer_of(step, item, part, deadline)
-                answers.append(answer)
-        except BaseException:
-            for answer in answers:  # nobody will ask for those of the items before the one that is refused
-                answer.cancel()
-            raise
-        return asyncio.gather(*answers)
+        if not rows or min(rows) < 1 or sum(rows) != shape[0]:
+            raise InvalidArgument("step.items", f"rows {rows[:8]} do not add up to q's {shape[0]}")
+        sessions, first = [self._session_of(item) for item in items], 0
+        for place, (item, session) in enumerate(zip(items, sessions, strict=True)):
+            part = HostArray(q.array[first : first + item.rows], q.dtype)
+            tell = partial(self._told, flying, place)
+            flying.parts.append(self._answer_of(step, item, session, part, deadline, tell))
+            first += item.rows
 
     def _answer_of(
-        self, step: pb.AttendStep, item: pb.AttendStep.Item, q: Tensor, deadline: float
-    ) -> "asyncio.Future[AttendAnswer]":
+        self,
+        step: pb.AttendStep,
+        item: pb.AttendStep.Item,
+        session: tuple[str, str],
+        q: HostArray,
+        deadline: float,
+        tell: Tell,
+    ) -> "Told[AttendAnswer] | asyncio.Task[AttendAnswer]":
         """Steps differ in their numbers; what they ask is checked once, until the session changes."""
-        debias = step.debias if step.HasField("debias") else None
-        precision = step.precision.SerializeToString()
-        asked = item.handle, item.end, q.shape, q.dtype, step.layer, step.head_offset, step.refine, debias, precision
-        prepared = self._prepared.get(asked)
-        if prepared is not None:
-            answer = self._querying.attend_prepared(self._tenant, prepared, q, deadline)
-            if answer is not None:
-                return answer
+        asked, debias = _asked(step, item, q.array.shape), step.debias if step.HasField("debias") else None
+        known = self._known.get(asked)
+        if known is not None:
+            told = self._querying.attend_prepared(self._tenant, known.prepared, q, deadline, tell)
+            if told is not None:
+                return told
         query = Query(
-            *self._session_of(item),
+            *session,
             layer=step.layer,
             end=item.end,
-            q=q,
+            q=q.tensor(),
             head_offset=step.head_offset,
             precision=convert.precision_from(step.precision),
             refine=step.refine,
         )
         prepared = self._querying.prepare(self._tenant, query, debias)
         if prepared is not None:
-            while len(self._prepared) >= PREPARED_MAX:
-                del self._prepared[next(iter(self._prepared))]
-            self._prepared[asked] = prepared
-            answer = self._querying.attend_prepared(self._tenant, prepared, q, deadline)
-            if answer is not None:
-                return answer
-        return asyncio.ensure_future(self._querying.attend(self._tenant, query, debias, deadline))
+            while len(self._known) >= KNOWN_MAX:
+                del self._known[next(iter(self._known))]
+            self._known[asked] = Known(prepared, q.dtype, q.array.shape)
+            told = self._querying.attend_prepared(self._tenant, prepared, q, deadline, tell)
+            if told is not None:
+                return told
+        task = asyncio.ensure_future(self._querying.attend(self._tenant, query, debias, deadline))
+        task.add_done_callback(partial(_tell_of, tell))
+        return task
 
     def _session_of(self, item: pb.AttendStep.Item) -> tuple[str, str]:
         """Name and generation."""
@@ -220,8 +258,8 @@ class AttendStream:
             raise NotFound("HANDLE_NOT_BOUND", f"handle {item.handle} is not bound", handle=item.handle)
         return self._bound[item.handle]
 
-    def _admit(self, step: pb.AttendStep, deadline: float) -> int:
-        """The bytes with which the step now has a place."""
+    def _admit(self, step: pb.AttendStep, deadline: float) -> None:
+        """Raises if the step may not come in."""
         limits = self._limits
         if len(step.items) > limits.attend_items_max:
             limit = limits.attend_items_max
@@ -242,44 +280,44 @@ class AttendStream:
                 text = f"{what} {limit} are in flight on this stream"
                 raise ResourceExhausted("BUSY", text, STEP_RETRY_SECONDS, bound=what, limit=limit)
         self._turns.check(deadline)
-        size = len(step.q.data)
-        self._room.take(size)
-        return size
 
-    def _answered(self, step: pb.AttendStep, answers: Answers) -> None:
-        error = None if answers.cancelled() else answers.exception()
-        flying = self._taken(step.request_id)
-        if flying is None:
+    def _told(self, flying: StepInFlight, place: int, answer: AttendAnswer | None, error: BaseException | None) -> None:
+        """One item of a step was answered."""
+        request_id = flying.request_id
+        if self._steps.get(request_id) is not flying:
             return
-        if answers.cancelled():
-            self._let_go(flying.bytes)
+        if answer is not None:
+            flying.answers[place] = answer
+            flying.missing -= 1
+            if flying.missing:
+                return
+        self._taken(request_id)
+        if answer is None:
+            flying.cancel()
+            if not isinstance(error, Exception):
+                raise error or AssertionError("neither an answer nor an error")
+            self._outbox.put(self._refusal(request_id, error, flying.begun), flying.bytes)
             return
-        if isinstance(error, Exception):
-            self._put(self._refusal(step, error, flying.begun), flying.bytes)
-            return
-        if error is not None:
-            raise error
-        response, found = pb.AttendResponse(request_id=step.request_id), answers.result()
-        convert.fill_attended(response.result, found if isinstance(found, list) else [found], step.lse_base)
+        answers = [answer] if len(flying.answers) == 1 else [flying.answers[each] for each in sorted(flying.answers)]
+        self._outbox.put(encode_attended(request_id, answers, flying.lse_base), flying.bytes)
         self._telemetry.step("OK", monotonic() - flying.begun)
-        self._put(response, flying.bytes)
 
     def _late(self, step: pb.AttendStep) -> None:
         if self._drop(step.request_id):
             late = DeadlineExceeded("DEADLINE", f"the step took longer than {step.timeout_ms} ms")
-            self._put(self._refusal(step, late, monotonic() - step.timeout_ms / 1000))
+            self._outbox.put(self._refusal(step.request_id, late, monotonic() - step.timeout_ms / 1000))
 
-    def _refusal(self, step: pb.AttendStep, error: Exception, begun: float) -> pb.AttendResponse:
+    def _refusal(self, request_id: int, error: Exception, begun: float) -> pb.AttendResponse:
         status = status_of(error)
         reason = error.reason if isinstance(error, KVStoreError) else ""
         self._telemetry.step(code_name(status.code), monotonic() - begun, reason)
-        return pb.AttendResponse(request_id=step.request_id, error=status)
+        return pb.AttendResponse(request_id=request_id, error=status)
 
     def _drop(self, request_id: int) -> bool:
         """Lets go of a step that nobody waits for; False if it was answered already."""
         flying = self._taken(request_id)
         if flying is not None:
-            flying.answers.cancel()
+            flying.cancel()
             self._let_go(flying.bytes)
         return flying is not None
 
@@ -292,3 +330,17 @@ class AttendStream:
                 self._heard = monotonic()
                 self._idle.set()
         return flying
+
+
+def _asked(step: pb.AttendStep, item: pb.AttendStep.Item, shape: tuple[int, ...]) -> Hashable:
+    """Equal for items that ask the same of rows of this shape."""
+    debias = step.debias if step.HasField("debias") else None
+    precision = step.precision.SerializeToString() if step.HasField("precision") else b""
+    what = step.layer, step.head_offset, step.refine, debias, precision, step.lse_base
+    return item.handle, item.end, item.rows, step.q.dtype, shape, what
+
+
+def _tell_of(tell: Tell, task: "asyncio.Task[AttendAnswer]") -> None:
+    if not task.cancelled():
+        error = task.exception()
+        tell(None if error else task.result(), error)

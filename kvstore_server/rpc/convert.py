@@ -1,7 +1,7 @@
 """Protobuf messages to plain values and back, with the checks that need no session."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
 from typing import Literal, TypeVar
 
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from kvstore_codecs.spec import CodecSpec, Kind, ModelShape
 from kvstore_kernels import as_torch_dtype
+from kvstore_kernels.host import HostArray
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_server.errors import InvalidArgument
 from kvstore_server.rpc.append_messages import CutFrame
 from kvstore_server.sessions.assembly import AppendHeader, Encoding, Frame
-from kvstore_server.sessions.model import AttendAnswer, FetchedPart, Fidelity, Precision, SessionInfo
+from kvstore_server.sessions.model import FetchedPart, Fidelity, Precision, SessionInfo
 from kvstore_server.storage.geometry import Part
 
 T = TypeVar("T")
@@ -29,11 +30,11 @@ DTYPES: dict[int, torch.dtype] = {
     pb.DTYPE_INT64: torch.int64,
 }
 EXPONENTS = {
-    torch.float32: (np.uint32, np.uint32(0x7F80_0000)),
-    torch.float16: (np.uint16, np.uint16(0x7C00)),
-    torch.bfloat16: (np.uint16, np.uint16(0x7F80)),
+    torch.float32: (np.uint32(0x7F80_0000), np.uint32(0x0080_0000)),
+    torch.float16: (np.uint16(0x7C00), np.uint16(0x0400)),
+    torch.bfloat16: (np.uint16(0x7F80), np.uint16(0x0080)),
 }
-"""Unsigned integers of a dtype's size, and the bits that are all set in NaN and Inf alone."""
+"""The bits that are all set in NaN and Inf alone, and the lowest of them: to add it carries into the sign then."""
 FLOATS: tuple[pb.Dtype.ValueType, ...] = (pb.DTYPE_FLOAT32, pb.DTYPE_FLOAT16, pb.DTYPE_BFLOAT16)
 DTYPE_NAMES: dict[int, Literal["float32", "float16", "bfloat16"]] = {
     pb.DTYPE_FLOAT32: "float32",
@@ -69,51 +70,35 @@ def chosen(names: Mapping[int, T], number: int, field: str) -> T:
 
 
 def tensor_from(message: pb.Tensor, field: str, dims: int) -> Tensor:
-    """A float tensor of `dims` dimensions, finite, sharing the message's bytes where it can."""
-    number, shape, data = message.dtype, tuple(message.shape), message.data
+    """A float tensor of `dims` dimensions, finite."""
+    return host_from(message, field, dims).tensor()
+
+
+def host_from(message: pb.Tensor, field: str, dims: int) -> HostArray:
+    """As tensor_from, in the message's bytes."""
+    number, shape = message.dtype, tuple(message.shape)
     if number not in FLOATS:
         raise InvalidArgument(f"{field}.dtype", "must be float32, float16 or bfloat16")
     if len(shape) != dims or min(shape) < 1 or max(shape) > 2**31:
         raise InvalidArgument(f"{field}.shape", f"{list(shape[:8])} does not have {dims} positive dimensions")
-    dtype = DTYPES[number]
+    return floats_from(message.data, DTYPES[number], shape, field)
+
+
+def floats_from(data: bytes, dtype: torch.dtype, shape: tuple[int, ...], field: str) -> HostArray:
+    """That, of a message whose other fields are known to be good."""
     size = prod(shape) * dtype.itemsize
     if len(data) != size:
         raise InvalidArgument(f"{field}.data", f"{len(data)} bytes instead of {size}")
-    bits, exponent = EXPONENTS[dtype]
-    if (np.frombuffer(data, bits) & exponent).max() == exponent:
+    exponent, lowest = EXPONENTS[dtype]
+    bits = np.frombuffer(data, exponent.dtype)
+    if np.bitwise_or.reduce((bits & exponent) + lowest) > exponent:
         raise InvalidArgument(field, "holds NaN or Inf")
-    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+    return HostArray.read(data, dtype, shape)
 
 
 def tensor_to(tensor: Tensor) -> pb.Tensor:
-    return pb.Tensor(dtype=DTYPE_NUMBERS[tensor.dtype], shape=tensor.shape, data=_bytes_of(tensor))
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    if tensor.dtype == torch.bfloat16:  # which numpy does not know
-        tensor = tensor.contiguous().view(torch.int16)
-    return tensor.numpy().tobytes()
-
-
-def fill_tensor(message: pb.Tensor, parts: Sequence[Tensor]) -> None:
-    """Tensors of one dtype, one after another along their first dimension."""
-    message.dtype = DTYPE_NUMBERS[parts[0].dtype]
-    message.shape.extend((sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
-    message.data = b"".join(map(_bytes_of, parts))
-
-
-def fill_attended(result: pb.AttendResult, answers: Sequence[AttendAnswer], lse_base: pb.LseBase.ValueType) -> None:
-    """What a step answers: the rows of its items, in their order."""
-    factor = LSE_FACTORS[lse_base]
-    fill_tensor(result.out, [answer.out for answer in answers])
-    fill_tensor(result.lse, [answer.lse if factor == 1 else answer.lse * factor for answer in answers])
-    result.lse_base = lse_base or pb.LSE_BASE_E
-    result.lse_layout = pb.LSE_LAYOUT_TOKEN_MAJOR
-    for answer in answers:
-        item = result.items.add()
-        item.generation = answer.generation
-        item.length = answer.length
-        _fill_fidelity(item.fidelity, answer.fidelity)
+    data = HostArray.of(tensor).array.tobytes()
+    return pb.Tensor(dtype=DTYPE_NUMBERS[tensor.dtype], shape=tensor.shape, data=data)
 
 
 def shape_from(message: pb.ModelShape) -> ModelShape:
@@ -231,11 +216,11 @@ def precision_from(message: pb.Precision) -> Precision:
 
 def fidelity_to(fidelity: Fidelity) -> pb.Fidelity:
     message = pb.Fidelity()
-    _fill_fidelity(message, fidelity)
+    fill_fidelity(message, fidelity)
     return message
 
 
-def _fill_fidelity(message: pb.Fidelity, fidelity: Fidelity) -> None:
+def fill_fidelity(message: pb.Fidelity, fidelity: Fidelity) -> None:
     """Field by field: messages that are made and then copied take longer."""
     message.codec = fidelity.codec
     message.codec_fingerprint = fidelity.codec_fingerprint

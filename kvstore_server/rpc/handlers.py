@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -25,6 +26,7 @@ from kvstore_server.monitoring.traces import traced
 from kvstore_server.rpc.admission import POOL_OF, Admission, Place
 from kvstore_server.rpc.append_messages import parse_append
 from kvstore_server.rpc.authentication import NEEDED, Authenticator, Call, check_role, presented
+from kvstore_server.rpc.outbox import Outbox
 from kvstore_server.rpc.status import abort
 from kvstore_server.telemetry import Outcome, Telemetry
 
@@ -84,7 +86,7 @@ class Handlers:
 
         async def request_of(requests: AsyncIterator[Any], call: "CallInProgress") -> Any:
             if method.client_streaming:
-                return call.checked(requests, None if method.name == "Attend" else self._limits.read_seconds_max)
+                return call.checked(requests, self._limits.read_seconds_max)
             return await call.only(requests, counted=POOL_OF.get(method.name) == "queries")
 
         async def single(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
@@ -98,13 +100,20 @@ class Handlers:
                 responses = run(await request_of(requests, call), call.facts)
                 await self._write(context, call, responses, GetMessageClass(method.output_type))
 
+        async def duplex(_: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
+            seconds, nothing = self._limits.write_seconds_max, GetMessageClass(method.output_type)
+            async with self._guarded(method.name, context) as call:
+                outbox = Outbox(context.write, call.check, seconds, lambda: SlowReader(seconds, nothing()))
+                await run(partial(call.next, context), call.facts, outbox)
+
         make = (
             grpc.stream_stream_rpc_method_handler if method.server_streaming else grpc.stream_unary_rpc_method_handler
         )
+        handle = single if not method.server_streaming else duplex if method.client_streaming else stream
         return make(
-            stream if method.server_streaming else single,
+            handle,
             request_deserializer=parse,
-            response_serializer=GetMessageClass(method.output_type).SerializeToString,
+            response_serializer=_serialized,
         )
 
     @asynccontextmanager
@@ -152,7 +161,7 @@ class Handlers:
         self,
         context: grpc.aio.ServicerContext,
         call: "CallInProgress",
-        responses: AsyncGenerator[Message],
+        responses: AsyncGenerator[Message | bytes],
         nothing: Callable[[], Message],
     ) -> None:
         """A client that does not read must not hold its place for ever."""
@@ -212,7 +221,15 @@ class CallInProgress:
             self.place.grow(request.ByteSize())
         return request
 
-    async def checked(self, requests: AsyncIterator[Any], seconds: float | None) -> AsyncIterator[Any]:
+    async def next(self, context: grpc.aio.ServicerContext) -> Any:
+        """The next message, which may take as long as it likes to come; None at the end."""
+        request = await context.read()
+        if request is grpc.aio.EOF:
+            return None
+        self.check()
+        return _well_formed(request)
+
+    async def checked(self, requests: AsyncIterator[Any], seconds: float) -> AsyncIterator[Any]:
         """Each message, which may take so long to come."""
         incoming = aiter(requests)
         while (request := await self._next(incoming, seconds)) is not None:
@@ -220,10 +237,8 @@ class CallInProgress:
             yield _well_formed(request)
 
     @staticmethod
-    async def _next(incoming: AsyncIterator[Any], seconds: float | None) -> Any:
+    async def _next(incoming: AsyncIterator[Any], seconds: float) -> Any:
         """None at the end."""
-        if seconds is None:
-            return await anext(incoming, None)
         limit = asyncio.timeout(seconds)
         try:
             async with limit:
@@ -245,6 +260,10 @@ def _target(request: Any) -> str:
     """The session that a request names; of a fork source and name."""
     names = [getattr(request, field, "") for field in ("source", "name")]
     return " -> ".join(name[:TARGET_CHARACTERS_MAX] for name in names if name)
+
+
+def _serialized(response: Message | bytes) -> bytes:
+    return response if isinstance(response, bytes) else response.SerializeToString()
 
 
 def _well_formed(request: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import AsyncIterator
-from contextlib import aclosing
 
 from kvstore_codecs.spec import Affine, Matryoshka, Projected, Qjl, Raw, Rotated
 from kvstore_proto.v1 import kvstore_pb2 as pb
@@ -10,9 +9,10 @@ from kvstore_server.errors import InvalidArgument
 from kvstore_server.rpc import convert
 from kvstore_server.rpc.admission import Admission
 from kvstore_server.rpc.append_messages import CutFrame
-from kvstore_server.rpc.attend_stream import AttendStream
+from kvstore_server.rpc.attend_stream import AttendStream, Receive
 from kvstore_server.rpc.authentication import Call
 from kvstore_server.rpc.fetch_stream import fetch_responses
+from kvstore_server.rpc.outbox import Outbox
 from kvstore_server.sessions.model import Query
 from kvstore_server.sessions.service import SessionService
 from kvstore_server.storage.segment_header import VERSION
@@ -149,13 +149,9 @@ class KVStoreServicer:
             fidelity=convert.fidelity_to(answer.fidelity),
         )
 
-    async def Attend(self, requests: AsyncIterator[pb.AttendRequest], call: Call) -> AsyncIterator[pb.AttendResponse]:
-        stream = AttendStream(
-            self._sessions.querying, self._limits, call.tenant, self._admission, self._sessions.telemetry
-        )
-        async with aclosing(stream.run(requests)) as responses:
-            async for response in responses:
-                yield response
+    async def Attend(self, receive: Receive, call: Call, outbox: Outbox) -> None:
+        querying, telemetry = self._sessions.querying, self._sessions.telemetry
+        await AttendStream(querying, self._limits, call.tenant, self._admission, telemetry, outbox).run(receive)
 
     async def Fetch(self, request: pb.FetchRequest, call: Call) -> AsyncIterator[pb.FetchResponse]:
         async for response in fetch_responses(

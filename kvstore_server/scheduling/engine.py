@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Any, Literal, TypeVar
 
 from kvstore_server.errors import DeadlineExceeded, ResourceExhausted, Unavailable
-from kvstore_server.scheduling.completion import AHEAD_MAX, Completions, Later, Outcome, settle, settle_all
+from kvstore_server.scheduling.completion import AHEAD_MAX, Completions, Later, Promise, Run, refuse, settle
 from kvstore_server.scheduling.fair_lane import FairLane
 
 T = TypeVar("T")
@@ -21,12 +21,14 @@ TOGETHER_MAX = 64
 """Pieces of work that one run takes: its scratch memory grows with them."""
 AT_ONCE_MAX = 8
 """Runs that event loops have begun and that are unfinished."""
+STAY_SECONDS = 0.0001
+"""How long a loop looks for a run's end without doing anything else, if nobody waits for another."""
 LOOK_SECONDS = 0.002
-"""How long a loop looks for a run's end whenever it has nothing else to do; from then on every so often."""
+"""How long it looks whenever it has nothing else to do; from then on every so often."""
 LOOK_AGAIN_SECONDS = 0.0002
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Work:
     tenant: str
     item: Any
@@ -36,7 +38,7 @@ class Work:
     """Waiting work of one key is run together; None stands alone."""
     deadline: float
     """On time.monotonic()'s clock."""
-    done: "asyncio.Future[Any]"
+    done: Promise
     queued_at: float
     at_once: "Callable[[list[Any]], Later[Sequence[Any]] | None] | None" = None
     """As `run`, if no more than a launch is needed; None otherwise."""
@@ -94,7 +96,9 @@ class Engine:
             result = work()
             return Later(lambda: [result.wait()]) if isinstance(result, Later) else [result]
 
-        return await self._add(lane, tenant, None, alone, None, deadline)
+        done = asyncio.get_running_loop().create_future()
+        self._add(lane, Work(tenant, None, alone, None, deadline, done, monotonic()))
+        return await done
 
     def run_together(
         self,
@@ -111,7 +115,13 @@ class Engine:
         is called on the caller's event loop and answers None where `work` has to be called after all. Otherwise as
         `run`, except that a full lane is refused at once and no task is needed to wait.
         """
-        return self._add("query", tenant, item, work, key, deadline, at_once)
+        done = asyncio.get_running_loop().create_future()
+        self.tell_together(Work(tenant, item, work, key, deadline, done, monotonic(), at_once))
+        return done
+
+    def tell_together(self, work: Work) -> None:
+        """As run_together: `work.done` is told."""
+        self._add("query", work)
 
     @property
     def waiting(self) -> int:
@@ -137,20 +147,10 @@ class Engine:
         self._refuse_waiting(Unavailable("DRAINING", "the device engine was closed"))
         self._completions.close(timeout_seconds)
 
-    def _add(
-        self,
-        lane: Lane,
-        tenant: str,
-        item: Any,
-        run: Callable[[list[Any]], Any],
-        key: Hashable,
-        deadline: float,
-        at_once: Callable[[list[Any]], Any] | None = None,
-    ) -> "asyncio.Future[Any]":
-        done = asyncio.get_running_loop().create_future()
-        work = Work(tenant, item, run, key, deadline, done, monotonic(), at_once)
+    def _add(self, lane: Lane, work: Work) -> None:
+        at_once = work.at_once
         if at_once is not None and not self._lanes[lane] and self._open and self._begin([work]):
-            return done
+            return
         with self._wake:
             if not self._open:
                 raise Unavailable("DRAINING", "the device engine is closed")
@@ -164,7 +164,6 @@ class Engine:
             self._lanes[lane].add(work)
             if at_once is None or not self._at_once:
                 self._wake.notify()
-        return done
 
     def _serve(self, ordered: Callable[[], AbstractContextManager[object]]) -> None:
         with ordered():
@@ -189,7 +188,7 @@ class Engine:
         """What is still wanted; the late are told."""
         if late := [work.done for work in taken if now > work.deadline]:
             error = DeadlineExceeded("DEADLINE", "the deadline passed before the device was free")
-            settle([Outcome(done, error=error) for done in late])
+            refuse(late, error)
         return [work for work in taken if not work.done.cancelled() and now <= work.deadline]
 
     def _run(self, lane: Lane, taken: list[Work]) -> None:
@@ -207,14 +206,16 @@ class Engine:
             self._failed(waiting, error)
             return
         if not isinstance(results, Later):
-            self._note(lane, due[0].tenant, queued, monotonic() - now)
-            settle_all(waiting, results)
+            seconds = monotonic() - now
+            self._charge(lane, due[0].tenant, len(due), seconds)
+            self._ran(lane, queued, seconds)
+            settle(waiting, results)
             return
-        results = self._timed(lane, due[0].tenant, queued, now, results)
+        run = Run(lane, due[0].tenant, waiting, queued, now, results)
         if self.waiting or self._completions.busy:
-            self._completions.add(waiting, results)
+            self._completions.add(run)
         else:  # nothing else to launch: another thread would only cost a switch
-            self._finish(waiting, results)
+            self._finish(run)
 
     def _count(self, due: list[Work]) -> None:
         self.runs += 1
@@ -239,36 +240,38 @@ class Engine:
         finally:
             self._launching.release()
         self._at_once[key] += 1
-        timed = self._timed("query", due[0].tenant, [now - work.queued_at for work in due], now, results)
-        asyncio.get_running_loop().call_soon(self._look, waiting, timed, key, now)
+        run = Run("query", due[0].tenant, waiting, [now - work.queued_at for work in due], now, results)
+        asyncio.get_running_loop().call_soon(self._look, run, key)
         return True
 
-    def _look(
-        self, waiting: "list[asyncio.Future[Any]]", results: Later[Sequence[Any]], key: Hashable, begun: float
-    ) -> None:
+    def _look(self, run: Run, key: Hashable) -> None:
         """Answers what an event loop began, if the device has it; else looks again."""
-        loop = asyncio.get_running_loop()
+        loop, ready = asyncio.get_running_loop(), run.results.ready
+        alone = self._at_once.total() == 1 and not self._lanes["query"]
+        until = run.begun + (STAY_SECONDS if alone else 0)
         try:
-            ready = results.ready()
+            while not (there := ready()) and monotonic() < until:
+                pass
         except BaseException:
-            ready = True  # waiting raises it too
-        if not ready and monotonic() < begun + LOOK_SECONDS:
-            loop.call_soon(self._look, waiting, results, key, begun)
+            there = True  # waiting raises it too
+        if not there and monotonic() < run.begun + LOOK_SECONDS:
+            loop.call_soon(self._look, run, key)
             return
-        if not ready:
-            loop.call_later(LOOK_AGAIN_SECONDS, self._look, waiting, results, key, begun)
+        if not there:
+            loop.call_later(LOOK_AGAIN_SECONDS, self._look, run, key)
             return
         self._at_once[key] -= 1
         if not self._at_once[key]:
             del self._at_once[key]
-        self._finish(waiting, results)
-        self._begin_next()
+        self._finish(run, self._begin_next)
 
     def _begin_next(self) -> None:
         """Launches what has come meanwhile, or has the device thread do it."""
         with self._wake:
             lane = self._lanes["query"]
-            if not lane or lane.first().at_once is None:
+            if not lane:
+                return
+            if lane.first().at_once is None:
                 self._wake.notify()
                 return
             taken = lane.take(TOGETHER_MAX)
@@ -279,29 +282,25 @@ class Engine:
                 if not self._at_once:
                     self._wake.notify()
 
-    def _timed(
-        self, lane: Lane, tenant: str, queued: list[float], begun: float, results: Later[Sequence[Any]]
-    ) -> Later[Sequence[Any]]:
-        def wait() -> Sequence[Any]:
-            found = results.wait()
-            self._note(lane, tenant, queued, monotonic() - begun)
-            return found
-
-        return Later(wait, results.ready)
-
-    def _note(self, lane: Lane, tenant: str, queued: list[float], seconds: float) -> None:
+    def _charge(self, lane: Lane, tenant: str, pieces: int, seconds: float) -> None:
         with self._wake:
-            self._lanes[lane].charge(tenant, len(queued), seconds)
-        self._ran(lane, queued, seconds)
+            self._lanes[lane].charge(tenant, pieces, seconds)
 
-    def _finish(self, waiting: "list[asyncio.Future[Any]]", results: Later[Sequence[Any]]) -> None:
-        """Waits for the device and answers."""
+    def _finish(self, run: Run, next_one: Callable[[], None] = lambda: None) -> None:
+        """Waits for the device, which may have its next work then, and answers."""
         try:
-            settle_all(waiting, results.wait())
+            results = run.results.wait()
         except BaseException as error:
-            self._failed(waiting, error)
+            self._failed(run.waiting, error)
+            next_one()
+            return
+        seconds = monotonic() - run.begun
+        self._charge(run.lane, run.tenant, len(run.waiting), seconds)
+        next_one()
+        settle(run.waiting, results)
+        self._ran(run.lane, run.queued, seconds)
 
-    def _failed(self, waiting: "list[asyncio.Future[Any]]", error: BaseException) -> None:
+    def _failed(self, waiting: list[Promise], error: BaseException) -> None:
         """Answers work that raised; a lost device ends everything."""
         if self._is_fatal(error):
             lost = Unavailable("DEVICE_LOST", "the device failed; the server is ending")
@@ -311,9 +310,9 @@ class Engine:
             if first:
                 self._on_fatal(error)
             error = lost
-        settle([Outcome(done, error=error) for done in waiting])
+        refuse(waiting, error)
 
     def _refuse_waiting(self, error: Unavailable) -> None:
         with self._wake:
-            refused = [Outcome(work.done, error=error) for lane in self._lanes.values() for work in lane.clear()]
-        settle(refused)
+            refused = [work.done for lane in self._lanes.values() for work in lane.clear()]
+        refuse(refused, error)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from kvstore_codecs import projected
 from kvstore_codecs.plan import KindPlan, ProjectedPlan, SignPlan
 from kvstore_codecs.spec import KINDS, Kind, projection_named
 from kvstore_kernels import Backend, DenseRows, ScoreNoise, SignRows, mean_noise, merge_states, score_noise
-from kvstore_kernels.backend import Attended
+from kvstore_kernels.backend import Attended, AttendedHost
 from kvstore_kernels.cuda.pages import SignPages
+from kvstore_kernels.host import HostArray
 from kvstore_server.errors import FailedPrecondition
 from kvstore_server.memory.device import DeviceMemory
 from kvstore_server.memory.resident import Block, Blocks, ResidentSession
@@ -23,8 +24,8 @@ from kvstore_server.sessions.model import AttendAnswer, Fidelity, Precision
 from kvstore_server.storage.keys import POSITION_MAX
 from kvstore_server.storage.meta import Floor
 
-NOISE = "noise"
-"""What is kept with blocks of the error of their logits."""
+NOISE, WORTH = "noise", "worth"
+"""What is kept with blocks of the error of their logits, and of what their answers say of themselves."""
 Fetch = Callable[[], Sequence[Tensor]]
 """Waits for results that are on their way to host memory."""
 
@@ -43,8 +44,7 @@ class Device:
         return self.memory.blocks(prefix.resident, prefix.layer, start, prefix.end, _levels_of(prefix.precision))
 
 
-@dataclass(frozen=True)
-class Prefix:
+class Prefix(NamedTuple):
     """Positions [0, end) of one layer of one session, read at `precision`."""
 
     resident: ResidentSession
@@ -64,14 +64,13 @@ class Prefix:
 
     def finest(self) -> "Prefix":
         keys, values = self.floor
-        return replace(self, precision=replace(self.precision, keys_level=keys, values_level=values), refine=0)
+        return self._replace(precision=replace(self.precision, keys_level=keys, values_level=values), refine=0)
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One caller's rows [T, Hq, D] of a pass, which heads it asked for, and the session as the caller knows it."""
 
-    q: Tensor
+    q: HostArray
     heads: slice
     live: LiveSession
 
@@ -91,44 +90,54 @@ def full_heads(q: Tensor, head_offset: int, query_heads: int) -> Tensor:
     return whole
 
 
-def attend(device: Device, prefix: Prefix, debias: float, items: list[Item]) -> Later[list[AttendAnswer]]:
-    """Each item's attention over the prefix, all in one pass over its rows."""
-    if prefix.refine and (device.memory is not None or _is_projected(prefix)):
-        prefix = prefix.finest()  # a device has no op that leaves tokens out
-    blocks = device.blocks(prefix)
-    noise = _noise(prefix, blocks.kept)
-    fetch = _begin(device, prefix, _together(items), blocks, noise, debias)
-    return Later(lambda: _answers(prefix, items, fetch()))
+class Pass(NamedTuple):
+    """Attention of several callers over one prefix, all in one pass over its rows."""
+
+    device: Device
+    prefix: Prefix
+    debias: float
+
+    def run(self, items: list[Item]) -> Later[list[AttendAnswer]]:
+        """Each item's answer."""
+        device, prefix = self.device, self.prefix
+        if prefix.refine and (device.memory is not None or _is_projected(prefix)):
+            prefix = prefix.finest()  # a device has no op that leaves tokens out
+        blocks = device.blocks(prefix)
+        noise = _noise(prefix, blocks.kept)
+        q = HostArray.joined([item.q for item in items]).tensor()
+        fetch = _begin(device, prefix, q, blocks, noise, self.debias)
+        return Later(lambda: _answers(prefix, items, _on_host(fetch()), blocks.kept))
+
+    def again(self, items: list[Item]) -> Later[list[AttendAnswer]] | None:
+        """As `run`, if the device has only to repeat what it did before; None otherwise."""
+        device, prefix = self.device, self.prefix
+        if device.memory is None or prefix.refine or _is_projected(prefix):
+            return None
+        blocks = device.memory.at_hand(prefix.resident, prefix.layer, 0, prefix.end, _levels_of(prefix.precision))
+        if blocks is None or NOISE not in blocks.kept:
+            return None
+        q, kept = [item.q for item in items], blocks.kept
+        scores = {**_logit_scale(prefix), "debias": self.debias}
+        fetch = device.backend.attend_again(q, **scores, noise=kept[NOISE], kept=kept)
+        return None if fetch is None else Later(lambda: _answers(prefix, items, fetch.host(), kept), fetch.ready)
 
 
-def attend_again(device: Device, prefix: Prefix, debias: float, items: list[Item]) -> Later[list[AttendAnswer]] | None:
-    """As `attend`, if the device has only to repeat what it did before; None otherwise."""
-    if device.memory is None or prefix.refine or _is_projected(prefix):
-        return None
-    blocks = device.memory.at_hand(prefix.resident, prefix.layer, 0, prefix.end, _levels_of(prefix.precision))
-    if blocks is None or NOISE not in blocks.kept:
-        return None
-    scores = {**_logit_scale(prefix), "debias": debias}
-    fetch = device.backend.attend_again(_together(items), **scores, noise=blocks.kept[NOISE], kept=blocks.kept)
-    return None if fetch is None else Later(lambda: _answers(prefix, items, fetch()), fetch.ready)
-
-
-def _together(items: list[Item]) -> Tensor:
-    return items[0].q if len(items) == 1 else torch.cat([item.q for item in items])
-
-
-def _answers(prefix: Prefix, items: list[Item], attended: Attended) -> list[AttendAnswer]:
-    """Each item's rows and heads of what was attended for all."""
+def _on_host(attended: Attended) -> AttendedHost:
     out, lse, variances = attended
-    worth = _fidelities(prefix, [(len(item.q), item.heads) for item in items], variances)
+    return HostArray.of(out), HostArray.of(lse), None if variances is None else HostArray.of(variances)
+
+
+def _answers(prefix: Prefix, items: list[Item], attended: AttendedHost, kept: dict[Any, Any]) -> list[AttendAnswer]:
+    """Each item's rows and heads of what was attended for all; `kept` is the prefix's."""
+    out, lse, variances = attended
+    rows = None if variances is None else variances.array.tolist()
+    worth = _fidelities(prefix, [(len(item.q.array), item.heads) for item in items], rows, kept)
     answers, first = list[AttendAnswer](), 0
     for item, fidelity in zip(items, worth, strict=True):
-        last = first + len(item.q)
-        own, own_lse = (out, lse) if len(items) == 1 else (out[first:last], lse[first:last])
-        if item.heads.stop - item.heads.start < prefix.resident.shape.query_heads:
-            own, own_lse = own[:, item.heads], own_lse[:, item.heads]
-        answers.append(AttendAnswer(own, own_lse, item.live.generation, item.live.length, fidelity))
-        first = last
+        own = slice(first, first + len(item.q.array)), item.heads
+        state = HostArray(out.array[own], out.dtype), HostArray(lse.array[own], lse.dtype)
+        answers.append(AttendAnswer(*state, item.live.generation, item.live.length, fidelity))
+        first = own[0].stop
     return answers
 
 
@@ -220,7 +229,7 @@ def _logit_scale(prefix: Prefix) -> dict[str, float]:
 def fidelity(prefix: Prefix, q: Tensor, heads: slice) -> Fidelity:
     """What an answer over the prefix is worth; the levels are those really read."""
     noise = _noise(prefix, {})
-    return _fidelities(prefix, [(len(q), heads)], None if noise is None else noise.variance(q))[0]
+    return _fidelities(prefix, [(len(q), heads)], None if noise is None else noise.variance(q).tolist(), {})[0]
 
 
 def _noise(prefix: Prefix, kept: dict[Any, Any]) -> ScoreNoise | None:
@@ -240,28 +249,35 @@ def _keys_level(prefix: Prefix) -> int:
     return min(prefix.precision.keys_level, _levels(prefix.resident.plan_of(prefix.layer, "keys")) - 1)
 
 
-def _fidelities(prefix: Prefix, callers: list[tuple[int, slice]], variances: Tensor | None) -> list[Fidelity]:
-    """One for each caller, of so many rows of `variances` [T, Hq] and of these heads."""
+def _fidelities(
+    prefix: Prefix, callers: list[tuple[int, slice]], variances: list[list[float]] | None, kept: dict[Any, Any]
+) -> list[Fidelity]:
+    """One for each caller, of so many rows of `variances` [T][Hq] and of these heads; `kept` is the prefix's."""
+    if WORTH not in kept:
+        kept[WORTH] = _worth(prefix)
+    worth, first = kept[WORTH], 0
+    if variances is None:
+        return [Fidelity(*worth)] * len(callers)
+    found = list[Fidelity]()
+    for count, heads in callers:  # a few numbers, for which tensors would take longer
+        own = [variance for row in variances[first : first + count] for variance in row[heads]]
+        found.append(Fidelity(*worth, prefix.resident.shape.sm_scale * sqrt(sum(own) / len(own))))
+        first += count
+    return found
+
+
+def _worth(prefix: Prefix) -> tuple[str, str, Precision, bool, int]:
+    """What a prefix's answers say of themselves whatever q is, in Fidelity's order."""
     resident, layer = prefix.resident, prefix.layer
     keys, values = resident.plan_of(layer, "keys"), resident.plan_of(layer, "values")
     sketched = resident.exact_end is not None and prefix.end > resident.exact_end
-    errors = [0.0] * len(callers)
-    keys_level = _keys_level(prefix)
-    values_level = min(prefix.precision.values_level, _levels(values) - 1)
-    if variances is not None:
-        rows, first = variances.tolist(), 0  # a few numbers, for which tensors would take longer
-        for number, (count, heads) in enumerate(callers):
-            own = [variance for row in rows[first : first + count] for variance in row[heads]]
-            errors[number] = resident.shape.sm_scale * sqrt(sum(own) / len(own))
-            first += count
-    plan, precision = resident.plan, Precision(keys_level, values_level)
+    precision = Precision(_keys_level(prefix), min(prefix.precision.values_level, _levels(values) - 1))
     if ("codec", layer) not in resident.facts:
         resident.facts["codec", layer] = _codec(resident, layer)
     codec, calibrated = resident.facts["codec", layer]
-    fingerprint = "" if plan is None else plan.fingerprint
     exact = not sketched or keys.widths is values.widths is None
     beyond = 0 if exact else max(0, prefix.end - max(calibrated, resident.exact_end or 0))
-    return [Fidelity(codec, fingerprint, precision, error, exact, beyond) for error in errors]
+    return codec, "" if resident.plan is None else resident.plan.fingerprint, precision, exact, beyond
 
 
 def _codec(resident: ResidentSession, layer: int) -> tuple[str, int]:

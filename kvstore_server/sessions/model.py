@@ -2,12 +2,13 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from kvstore_codecs.plan import Fit
 from kvstore_codecs.spec import CodecSpec, Kind, ModelShape
+from kvstore_kernels.host import HostArray
 from kvstore_server.storage.geometry import Part
 
 
@@ -71,8 +72,7 @@ class Query:
     """Of an attention: how many of the best tokens at `precision` are read at the finest level."""
 
 
-@dataclass(frozen=True)
-class Fidelity:
+class Fidelity(NamedTuple):
     """What an answer was computed from; `score_stderr` is the standard error of a logit, rms over keys and rows.
 
     The last `positions_beyond` of the prefix are sketched and at or beyond the lowest max_position of the projections
@@ -82,17 +82,16 @@ class Fidelity:
     codec: str
     codec_fingerprint: str
     precision: Precision
-    score_stderr: float
     exact: bool
     positions_beyond: int
+    score_stderr: float = 0.0
 
 
-@dataclass(frozen=True)
-class AttendAnswer:
+class AttendAnswer(NamedTuple):
     """out [T, heads, D] in q's dtype and natural-log lse float32 [T, heads], over the remote tokens only."""
 
-    out: Tensor
-    lse: Tensor
+    out: HostArray
+    lse: HostArray
     generation: str
     length: int
     fidelity: Fidelity

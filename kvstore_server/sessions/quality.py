@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import random
 from zlib import crc32
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kvstore_codecs.spec import Kind, ModelShape
+from kvstore_kernels.host import HostArray
 from kvstore_server.config import Quality as Settings
 from kvstore_server.sessions.live import LiveSession
 from kvstore_server.sessions.model import AttendAnswer, Query, TopKAnswer
@@ -95,13 +96,13 @@ class Quality:
         kept = self._kept.get(_key(live)) if self._kept else None
         return kept is not None and kept.layer == query.layer and 0 < query.end <= kept.length
 
-    def attended(self, live: LiveSession, query: Query, answer: AttendAnswer) -> None:
-        """An answer of Attend went out."""
+    def attended(self, live: LiveSession, query: Query, q: HostArray, answer: AttendAnswer) -> None:
+        """An answer of Attend to such a query of these rows q went out."""
 
         def compare(keys: Tensor, values: Tensor) -> None:
-            out, lse = exact_attention(live.state.shape, query, keys, values)
-            error = (answer.out[0].float() - out).norm() / out.norm().clamp_min(1e-30)
-            lse_error = (answer.lse[0] - lse).mean()
+            out, lse = exact_attention(live.state.shape, replace(query, q=q.tensor()), keys, values)
+            error = (answer.out.tensor()[0].float() - out).norm() / out.norm().clamp_min(1e-30)
+            lse_error = (answer.lse.tensor()[0] - lse).mean()
             self._telemetry.attended(codec_label(live.state.spec), float(error), float(lse_error))
 
         self._sample(live, query, compare)

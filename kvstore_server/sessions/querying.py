@@ -2,22 +2,24 @@
 
 import asyncio
 import weakref
-from collections.abc import AsyncIterator, Hashable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from time import monotonic
+from typing import TypeAlias
 
 import torch
-from torch import Tensor
 
 from kvstore_codecs.plan import Fit
 from kvstore_codecs.projected import ProjectedRows
 from kvstore_codecs.spec import KINDS, CodecSpec, Kind
 from kvstore_kernels import DenseRows, SignRows
+from kvstore_kernels.host import HostArray
 from kvstore_server.errors import FailedPrecondition, InvalidArgument
 from kvstore_server.limits import Limits
 from kvstore_server.memory.resident import ResidentSession
-from kvstore_server.scheduling.completion import Later
-from kvstore_server.scheduling.engine import Engine
+from kvstore_server.scheduling.completion import Later, Promise, Told
+from kvstore_server.scheduling.engine import Engine, Work
 from kvstore_server.sessions import attention
 from kvstore_server.sessions.attention import Device
 from kvstore_server.sessions.live import LiveSession
@@ -37,6 +39,7 @@ from kvstore_server.sessions.registry import Registry
 from kvstore_server.storage.keys import check_name
 from kvstore_server.storage.meta import Floor
 
+Tell: TypeAlias = Callable[[AttendAnswer | None, BaseException | None], None]
 SCORE_TOKENS = 65_536
 WHOLE = (0, 0)
 """The floor of a session that was not cut."""
@@ -77,6 +80,7 @@ class Prepared:
     """That it is read at."""
     floor: Floor
     debias: float
+    heads: slice
     key: Hashable
     """Of what one pass answers."""
 
@@ -112,7 +116,12 @@ class Querying:
         self._check_rows(query)
         live, resident = await self._loaded(tenant, query.session, query.generation, query.end, deadline)
         prepared = self._to_attend(live, resident, query, debias)
-        return await self._attend(live, resident, prepared, query.q, deadline)
+        answered: asyncio.Future[AttendAnswer] = asyncio.get_running_loop().create_future()
+        q = HostArray.of(query.q)
+        self._attend(live, resident, prepared, q, deadline, answered)
+        answer = await answered
+        self._quality.attended(live, query, q, answer)
+        return answer
 
     def prepare(self, tenant: str, query: Query, debias: float | None) -> Prepared | None:
         """What `attend_prepared` takes; None if the session has to be looked up or loaded first."""
@@ -121,16 +130,21 @@ class Querying:
         return None if loaded is None else self._to_attend(*loaded, query, debias)
 
     def attend_prepared(
-        self, tenant: str, prepared: Prepared, q: Tensor, deadline: float
-    ) -> "asyncio.Future[AttendAnswer] | None":
+        self, tenant: str, prepared: Prepared, q: HostArray, deadline: float, tell: Tell
+    ) -> Told[AttendAnswer] | None:
         """Begins to answer q of the query's shape and dtype, without a task; None if the session was touched since."""
         query = prepared.query
         loaded = self._registry.loaded(tenant, query.session, query.generation, query.end)
         if loaded is None:
             return None
         live, resident = loaded
-        same = prepared.live() is live and prepared.resident() is resident and prepared.floor == live.state.floor
-        return self._attend(live, resident, prepared, q, deadline) if same else None
+        if prepared.live() is not live or prepared.resident() is not resident or prepared.floor != live.state.floor:
+            return None
+        if self._quality.keeps(live, query):
+            tell = partial(self._sampled, live, query, q, tell)
+        told = Told(tell)
+        self._attend(live, resident, prepared, q, deadline, told)
+        return told
 
     def _to_attend(self, live: LiveSession, resident: ResidentSession, query: Query, debias: float | None) -> Prepared:
         prefix = self._checked(live, resident, query)
@@ -138,31 +152,43 @@ class Querying:
             raise InvalidArgument("debias", f"{debias} is outside [0, 1]")
         share = attention.debias_of(resident, query.layer, debias)
         key = prefix.key, share, query.q.dtype
-        return Prepared(query, weakref.ref(live), weakref.ref(resident), prefix.precision, prefix.floor, share, key)
+        heads = self._asked_heads(query)
+        return Prepared(
+            query, weakref.ref(live), weakref.ref(resident), prefix.precision, prefix.floor, share, heads, key
+        )
 
     def _attend(
-        self, live: LiveSession, resident: ResidentSession, prepared: Prepared, q: Tensor, deadline: float
-    ) -> "asyncio.Future[AttendAnswer]":
-        query, share = prepared.query, prepared.debias
+        self,
+        live: LiveSession,
+        resident: ResidentSession,
+        prepared: Prepared,
+        q: HostArray,
+        deadline: float,
+        answered: Promise,
+    ) -> None:
+        query, heads = prepared.query, prepared.heads
         prefix = attention.Prefix(resident, query.layer, query.end, prepared.precision, prepared.floor, query.refine)
-        full = attention.full_heads(q, query.head_offset, resident.shape.query_heads)
-        item = attention.Item(full, self._asked_heads(query), live)
+        asked = attention.Pass(self._device, prefix, prepared.debias)
+        if heads.stop - heads.start < resident.shape.query_heads:
+            q = HostArray.of(attention.full_heads(q.tensor(), heads.start, resident.shape.query_heads))
+        again = None if self._device.memory is None else asked.again
+        item = attention.Item(q, heads, live)
+        self._engine.tell_together(
+            Work(live.state.tenant, item, asked.run, prepared.key, deadline, answered, monotonic(), again)
+        )
 
-        def work(items: list[attention.Item]) -> Later[list[AttendAnswer]]:
-            return attention.attend(self._device, prefix, share, items)
-
-        def at_once(items: list[attention.Item]) -> Later[list[AttendAnswer]] | None:
-            return attention.attend_again(self._device, prefix, share, items)
-
-        again = None if self._device.memory is None else at_once
-        answer = self._engine.run_together(prepared.key, item, work, deadline, again, live.state.tenant)
-        if self._quality.keeps(live, query):
-            answer.add_done_callback(partial(self._answered, live, query, q))
-        return answer
-
-    def _answered(self, live: LiveSession, query: Query, q: Tensor, answer: "asyncio.Future[AttendAnswer]") -> None:
-        if not answer.cancelled() and answer.exception() is None:
-            self._quality.attended(live, replace(query, q=q), answer.result())
+    def _sampled(
+        self,
+        live: LiveSession,
+        query: Query,
+        q: HostArray,
+        tell: Tell,
+        answer: AttendAnswer | None,
+        error: BaseException | None,
+    ) -> None:
+        tell(answer, error)
+        if answer is not None:
+            self._quality.attended(live, query, q, answer)
 
     async def score(self, tenant: str, query: Query, start: int, deadline: float) -> AsyncIterator[ScoreAnswer]:
         """Logits of positions [start, query.end) in pieces a message can hold."""
@@ -174,7 +200,7 @@ class Querying:
         q, heads = self._full(prefix, query), self._asked_heads(query)
         fidelity = await self._engine.run(lambda: attention.fidelity(prefix, q, heads), deadline, tenant=tenant)
         for first in range(start, query.end, step) or (start,):
-            part = replace(prefix, end=min(first + step, query.end))
+            part = prefix._replace(end=min(first + step, query.end))
 
             def work(first: int = first, part: attention.Prefix = part) -> Later[Sequence[torch.Tensor]]:
                 return Later(attention.score(self._device, part, first, q))

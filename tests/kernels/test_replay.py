@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 
 from kvstore_kernels.cuda.replay import Pinned, Recording
+from kvstore_kernels.host import HostArray
 
 
 class CopyingGraph:
@@ -38,7 +39,7 @@ def test_an_answer_outlives_the_replays_after_it():
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         made = recording(4, dtype)
         asked = [torch.randn(rows, 2, 4).to(dtype) for rows in (3, 4, 1)]
-        answers = [made.replay(q) for q in asked]
+        answers = [made.replay([HostArray.of(q)], len(q)) for q in asked]
         assert made.asked is answers[-1], "the others were copied out when their memory was needed"
         for q, answer in zip(asked, answers, strict=True):
             out, lse, variances = answer()

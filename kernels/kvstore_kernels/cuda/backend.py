@@ -13,6 +13,7 @@ from kvstore_kernels.backend import Attended, State, Stored
 from kvstore_kernels.cuda import attend, decode, dense, encode, mixed, pack_page, score, score_at, topk
 from kvstore_kernels.cuda.pages import PAGE_TOKENS, PAGE_UNIT, Pages, SignPages, page_bytes
 from kvstore_kernels.cuda.replay import Answer, Recorder
+from kvstore_kernels.host import HostArray
 from kvstore_kernels.merge import merge_states
 from kvstore_kernels.paging import Paging
 from kvstore_kernels.shapes import check_pair, tokens_of
@@ -46,7 +47,7 @@ class CudaBackend:
         self.device = device
         self.name = f"{device} {torch.cuda.get_device_name(device)}"
         self.paging: Paging | None = self
-        self._stream = torch.cuda.Stream(device)
+        self._stream, self._beside = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._recorder = Recorder(self._stream)
 
     @on_stream
@@ -102,10 +103,17 @@ class CudaBackend:
 
         def attend_parts(on_device: Tensor) -> Attended:
             state: State | None = None
+            variances: Tensor | None = None
+            if noise is not None:  # small kernels one after another: beside those of the attention
+                self._beside.wait_stream(self._stream)
+                with torch.cuda.stream(self._beside):
+                    variances = kept[NOISE](on_device)
             for keys, values in parts:
                 state = self._attend(on_device, keys, values, sm_scale, logit_soft_cap, debias, state)
             assert state is not None
-            return state[0].to(on_device.dtype), state[1], None if noise is None else kept[NOISE](on_device)
+            if noise is not None:
+                self._stream.wait_stream(self._beside)
+            return state[0].to(on_device.dtype), state[1], variances
 
         if all(_stays(rows) for part in parts for rows in part):
             key = sm_scale, logit_soft_cap, debias, noise is None
@@ -123,7 +131,7 @@ class CudaBackend:
 
     def attend_again(
         self,
-        q: Tensor,
+        q: Sequence[HostArray],
         *,
         sm_scale: float,
         logit_soft_cap: float,

@@ -5,18 +5,18 @@ when they move, and those of its own pinned memory, from which queries go to the
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from kvstore_kernels.backend import Attended
+from kvstore_kernels.backend import Attended, AttendedHost
 from kvstore_kernels.build import DeviceError
+from kvstore_kernels.host import HostArray
 
 RECORD_AFTER = 2
 """Runs of the same kind that are launched kernel by kernel first: not every row is asked for often."""
@@ -30,20 +30,27 @@ class Answer:
     def __init__(self, recording: "Recording", rows: int) -> None:
         self._recording, self._rows = recording, rows
         self._lock = threading.Lock()
-        self._answer: Attended | None = None
+        self._answer: AttendedHost | None = None
+        self._is_there = False
 
     def ready(self) -> bool:
-        return self._answer is not None or self._recording.done.query()
+        self._is_there = self._is_there or self._answer is not None or self._recording.done.query()
+        return self._is_there
 
-    def __call__(self) -> Attended:
+    def host(self) -> AttendedHost:
         with self._lock:
             if self._answer is None:
                 recording, rows = self._recording, self._rows
-                recording.done.synchronize()
-                out, lse, *variances = (each.rows(rows) for each in recording.answer)
+                if not self._is_there:
+                    recording.done.synchronize()
+                out, lse, *variances = [each.rows(rows) for each in recording.answer]
                 self._answer = out, lse, variances[0] if variances else None
                 recording.asked = None
             return self._answer
+
+    def __call__(self) -> Attended:
+        out, lse, variances = self.host()
+        return out.tensor(), lse.tensor(), None if variances is None else variances.tensor()
 
 
 class Pinned:
@@ -52,20 +59,23 @@ class Pinned:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self._array = _array(tensor)
-        self._bytes = self._array.data.cast("B")
-        self._row_bytes = len(self._bytes) // len(self._array)
+        host = HostArray.of(tensor)
+        self._dtype, self._rows_of = host.array.dtype, host.array.shape[1:]
+        self._bytes = memoryview(host.array).cast("B")
+        self._row_bytes = len(self._bytes) // len(tensor)
 
-    def fill(self, tensor: Tensor) -> None:
+    def fill(self, parts: Sequence[HostArray]) -> None:
         """The first rows."""
-        data = _array(tensor).data.cast("B")
-        self._bytes[: len(data)] = data
+        end = 0
+        for part in parts:
+            data = memoryview(part.array).cast("B")
+            begin, end = end, end + len(data)
+            self._bytes[begin:end] = data
 
-    def rows(self, count: int) -> Tensor:
+    def rows(self, count: int) -> HostArray:
         """A copy of the first rows."""
-        copied = np.frombuffer(bytearray(self._bytes[: count * self._row_bytes]), self._array.dtype)
-        rows = torch.from_numpy(copied.reshape(count, *self._array.shape[1:]))
-        return rows if rows.dtype == self.tensor.dtype else rows.view(self.tensor.dtype)
+        copied = np.frombuffer(bytes(self._bytes[: count * self._row_bytes]), self._dtype)
+        return HostArray(copied.reshape(count, *self._rows_of), self.tensor.dtype)
 
 
 @dataclass
@@ -78,13 +88,13 @@ class Recording:
     asked: Answer | None = None
     """What is still to be copied out."""
 
-    def replay(self, q: Tensor) -> Answer:
+    def replay(self, parts: Sequence[HostArray], rows: int) -> Answer:
         if (before := self.asked) is not None:  # which another thread may take at this moment
-            before()
-        self.q.fill(q)
+            before.host()
+        self.q.fill(parts)
         self.launch()
         self.done.record(self.stream)
-        self.asked = Answer(self, len(q))
+        self.asked = Answer(self, rows)
         return self.asked
 
 
@@ -124,24 +134,25 @@ class Recorder:
 
         Query rows are padded to a power of two, so that few recordings serve all T: rows do not depend on one another.
         """
-        recordings: Recordings = kept.setdefault(_name(key, q), Recordings())
+        recordings: Recordings = kept.setdefault(_name(key, len(q), q.dtype), Recordings())
         recordings.runs += 1
         if recordings.runs <= RECORD_AFTER:
             return None
         made = recordings.made
         if len(made) < SLOTS and all(each.asked for each in made):
-            made.insert(0, self._record(_rows(q), q, attend))
+            made.insert(0, self._record(_rows(len(q)), q, attend))
         made.append(made.pop(0))
-        return made[-1].replay(q)
+        return made[-1].replay([HostArray.of(q)], len(q))
 
-    def again(self, kept: dict[Any, Any], key: Any, q: Tensor) -> Answer | None:
-        """As `run` where a recording is free, whatever stream is current; None otherwise."""
-        recordings: Recordings | None = kept.get(_name(key, q))
+    def again(self, kept: dict[Any, Any], key: Any, parts: Sequence[HostArray]) -> Answer | None:
+        """As `run` of all parts' rows where a recording is free, whatever stream is current; None otherwise."""
+        rows = sum([len(part.array) for part in parts])
+        recordings: Recordings | None = kept.get(_name(key, rows, parts[0].dtype))
         if recordings is None or not recordings.made or recordings.made[0].asked:
             return None
         made = recordings.made
         made.append(made.pop(0))
-        return made[-1].replay(q)
+        return made[-1].replay(parts, rows)
 
     def _record(self, rows: int, like: Tensor, attend: Callable[[Tensor], Attended]) -> Recording:
         q = torch.zeros(rows, *like.shape[1:], dtype=like.dtype, pin_memory=True)
@@ -166,16 +177,10 @@ class Recorder:
         return Recording(launch, torch.cuda.Event(), self._stream, Pinned(q), list(map(Pinned, answer)))
 
 
-def _rows(q: Tensor) -> int:
-    """Of the recording that serves q."""
-    return 1 << (len(q) - 1).bit_length()
+def _rows(count: int) -> int:
+    """Of the recording that serves so many."""
+    return 1 << (count - 1).bit_length()
 
 
-def _name(key: Any, q: Tensor) -> tuple[Any, int, torch.dtype]:
-    return key, _rows(q), q.dtype
-
-
-def _array(tensor: Tensor) -> NDArray[Any]:
-    """The rows of a host tensor as numpy can hold them."""
-    tensor = tensor.contiguous()
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+def _name(key: Any, rows: int, dtype: torch.dtype) -> tuple[Any, int, torch.dtype]:
+    return key, _rows(rows), dtype
