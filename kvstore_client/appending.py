@@ -87,7 +87,7 @@ class Appender:
         before.set()
         try:
             while under_way or position < last:
-                if position >= last or len(under_way) > self._ahead(way):
+                if position >= last or len(under_way) > await self._ahead(way, first=not under_way):
                     end, oldest = under_way.popleft()
                     await oldest
                     yield end
@@ -101,8 +101,10 @@ class Appender:
                 task.cancel()
             await asyncio.gather(*(task for _, task in under_way), return_exceptions=True)
 
-    def _ahead(self, way: "Way") -> int:
+    async def _ahead(self, way: "Way", *, first: bool) -> int:
         """Pieces; none while it is not known yet whether the next piece will be encoded."""
+        if way.encode and first:
+            await self._ready_sketcher(way.timeout)
         undecided = way.encode and self._encodes and self._sketcher is None
         return 0 if undecided else way.ahead
 

@@ -148,6 +148,8 @@ class Registry:
 
     async def fill(self, live: LiveSession, end: int) -> ResidentSession:
         """The session's rows, at least up to `end`; its lock must be held. What was read before damage is kept."""
+        async with live.growing:  # what was committed last may be on its way
+            pass
         await self.ensure_fits(live, live.fit_entries)
         resident = live.resident = await asyncio.to_thread(live.loadable)
         self._name_parent(live, resident)
@@ -184,7 +186,7 @@ class Registry:
         loaded = [live for live in self._open.values() if live.resident is not None and live is not keep]
         over = self.resident_bytes - self._host_bytes_max
         for live in sorted(loaded, key=lambda each: each.used_at):
-            if over <= 0 or live.lock.locked() or live.resident is None:
+            if over <= 0 or live.is_busy or live.resident is None:
                 continue
             over -= live.resident.nbytes
             live.resident = None

@@ -13,6 +13,7 @@ from kvstore_codecs.spec import RAW, ModelShape
 from kvstore_server.storage.commit_log import AlreadyPresent, CommitLog, Committed
 from kvstore_server.storage.segment import Segment
 from kvstore_server.storage.session_state import SessionState
+from kvstore_server.storage.store import Staged
 
 from ..running import serving
 
@@ -28,9 +29,11 @@ def vectors(tokens: int) -> tuple[Tensor, Tensor]:
 def slow_commits(monkeypatch: pytest.MonkeyPatch) -> None:
     commit = CommitLog.commit
 
-    def slowly(self: CommitLog, state: SessionState, segment: Segment) -> Committed | AlreadyPresent:
+    def slowly(
+        self: CommitLog, state: SessionState, segment: Segment, staged: Staged | None
+    ) -> Committed | AlreadyPresent:
         time.sleep(0.2)
-        return commit(self, state, segment)
+        return commit(self, state, segment, staged)
 
     monkeypatch.setattr(CommitLog, "commit", slowly)
 
