@@ -1,9 +1,10 @@
 """One append from its header to its commit."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack, asynccontextmanager
 from time import monotonic
+from typing import Any, TypeVar
 
 from kvstore_kernels import Backend
 from kvstore_server.errors import (
@@ -31,6 +32,7 @@ from kvstore_server.storage.digest import append_digest
 from kvstore_server.storage.keys import check_name
 from kvstore_server.telemetry import Telemetry
 
+T = TypeVar("T")
 HASH_BYTES = 32
 COPY_APART_BYTES = 256 << 10
 """From here on another thread copies a frame: shorter ones cost less than the switch."""
@@ -55,7 +57,7 @@ class Appending:
         self.quotas = quotas
         self.limits = limits
         self.telemetry, self.quality = telemetry, quality
-        self.commits: set[asyncio.Task[AppendResult]] = set()
+        self.commits: set[asyncio.Task[Any]] = set()
         self._room = room
 
     @asynccontextmanager
@@ -74,9 +76,14 @@ class Appending:
             try:
                 yield opened
             finally:
-                if opened.task is not None and not opened.task.done():  # its caller has left
-                    later = left.pop_all()
-                    opened.task.add_done_callback(lambda _: later.close())
+                opened.then(left.pop_all().close)
+
+    def keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Runs to its end even if the caller leaves."""
+        task = asyncio.create_task(work)
+        self.commits.add(task)
+        task.add_done_callback(self.commits.discard)
+        return task
 
     async def _checked(self, tenant: str, header: AppendHeader) -> LiveSession:
         live = await self.registry.open(tenant, header.session, header.generation)
@@ -143,8 +150,15 @@ class OpenAppend:
         self._assembly = AppendAssembly(header, live.state.shape, live.plan, exact, allocate)
         self._maker = Maker(appending.registry, appending.engine, appending.backend, live, self._assembly, deadline)
         self._copying: asyncio.Future[None] | None = None
-        self.task: asyncio.Task[AppendResult] | None = None
-        """The commit, once it has begun."""
+        self.task: asyncio.Task[Any] | None = None
+        """The commit, once it has begun; then what is left to do."""
+
+    def then(self, last: Callable[[], None]) -> None:
+        """Calls `last` when nothing is left to do, though the caller may have left."""
+        if self.task is None or self.task.done():
+            last()
+        else:
+            self.task.add_done_callback(lambda _: self.then(last))
 
     async def add(self, frame: Frame) -> None:
         """While one large frame is copied the next may arrive."""
@@ -166,9 +180,7 @@ class OpenAppend:
         """
         await self._copied()
         self._assembly.check_complete()
-        self.task = task = asyncio.create_task(self._run())
-        self._appending.commits.add(task)
-        task.add_done_callback(self._appending.commits.discard)
+        self.task = task = self._appending.keep(self._run())
         return await asyncio.shield(task)
 
     async def _run(self) -> AppendResult:
@@ -193,15 +205,14 @@ class OpenAppend:
                     made = await self._maker.now(log, digest)
                 outcome = await self._commit(log, made)
                 result = self._result(outcome)
+                await self._tell(outcome)
                 self._arrival.settle()  # what follows may be committed while these rows join the others
-                await live.growing.acquire()
+                self.task = self._appending.keep(self._grow(outcome, made.rows))
         finally:
             if ahead is not None:
                 await asyncio.to_thread(ahead.discard)
-        try:
-            await self._grow(outcome, made.rows)
-        finally:
-            live.growing.release()
+        if header.data_bytes < COPY_APART_BYTES:
+            await self.task
         return result
 
     def _digest(self) -> str:
@@ -226,8 +237,17 @@ class OpenAppend:
             self._appending.registry.forget(live.state.tenant, live.state.session)
             raise
 
+    async def _tell(self, outcome: Committed | AlreadyPresent) -> None:
+        live, appending = self._live, self._appending
+        if isinstance(outcome, Committed):
+            appending.quotas.stored(live.state.tenant, outcome.entry.stored_bytes)
+            raw_bytes = self._header.tokens * live.state.shape.raw_bytes_per_token
+            appending.telemetry.appended(live.state.spec, self._header.tokens, raw_bytes, outcome.entry.stored_bytes)
+        await appending.registry.ensure_fit(live)
+        appending.indexing.changed(live)
+
     async def _grow(self, outcome: Committed | AlreadyPresent, rows: list[LayerRows]) -> None:
-        """The rows join those in memory, in the order of commits; then the index hears of it."""
+        """The rows join those in memory, in the order of commits."""
         live, header, appending = self._live, self._header, self._appending
 
         def grow() -> Pair | None:
@@ -237,14 +257,9 @@ class OpenAppend:
             return None
 
         if isinstance(outcome, Committed):
-            kept = await asyncio.to_thread(grow)
-            appending.quotas.stored(live.state.tenant, outcome.entry.stored_bytes)
-            raw_bytes = header.tokens * live.state.shape.raw_bytes_per_token
-            appending.telemetry.appended(live.state.spec, header.tokens, raw_bytes, outcome.entry.stored_bytes)
-            appending.quality.keep(live, header.start, header.tokens, kept)
-        appending.registry.make_room(live)
-        await appending.registry.ensure_fit(live)
-        appending.indexing.changed(live)
+            async with live.growing:
+                appending.quality.keep(live, header.start, header.tokens, await asyncio.to_thread(grow))
+            appending.registry.make_room(live)
 
     def _result(self, outcome: Committed | AlreadyPresent) -> AppendResult:
         entry, live = outcome.entry, self._live
