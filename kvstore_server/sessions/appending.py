@@ -1,17 +1,11 @@
 """One append from its header to its commit."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from functools import partial
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import ExitStack, asynccontextmanager
 from time import monotonic
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from kvstore_codecs.fit import fit_is_due
-from kvstore_codecs.plan import CodecPlan, Fit
-from kvstore_codecs.resolve import plan_for
-from kvstore_codecs.sketch import KindRows
-from kvstore_codecs.spec import KINDS
 from kvstore_kernels import Backend
 from kvstore_server.errors import (
     Aborted,
@@ -22,13 +16,13 @@ from kvstore_server.errors import (
 )
 from kvstore_server.limits import Limits
 from kvstore_server.memory.growing import pageable
-from kvstore_server.memory.resident import ResidentSession
 from kvstore_server.scheduling.engine import Engine
 from kvstore_server.scheduling.pool import Pool
+from kvstore_server.sessions.arrivals import Arrival
 from kvstore_server.sessions.assembly import AppendAssembly, AppendHeader, Frame
-from kvstore_server.sessions.encoding import accept_sketch, encode_layer, make_layer_fit
 from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.live import LiveSession
+from kvstore_server.sessions.making import LayerRows, Made, Maker, exact_tokens
 from kvstore_server.sessions.model import AppendResult
 from kvstore_server.sessions.quality import Pair, Quality
 from kvstore_server.sessions.quotas import Quotas
@@ -38,13 +32,10 @@ from kvstore_server.storage.digest import append_digest
 from kvstore_server.storage.keys import check_name
 from kvstore_server.telemetry import Telemetry
 
-HASH_BYTES = 32
 T = TypeVar("T")
-ENCODE_BYTES = 8 << 20
-"""Raw bytes of the layers that are encoded in one piece of device work; queries slip in between pieces."""
+HASH_BYTES = 32
 COPY_APART_BYTES = 256 << 10
 """From here on another thread copies a frame: shorter ones cost less than the switch."""
-LayerRows = tuple[KindRows, KindRows]
 
 
 class Appending:
@@ -66,7 +57,7 @@ class Appending:
         self.quotas = quotas
         self.limits = limits
         self.telemetry, self.quality = telemetry, quality
-        self.commits: set[asyncio.Task[AppendResult]] = set()
+        self.commits: set[asyncio.Task[Any]] = set()
         self._room = room
 
     @asynccontextmanager
@@ -74,18 +65,25 @@ class Appending:
         """Reserves the append's bytes and checks its header against the session, before the first frame is read."""
         check_name("header.session", header.session)
         self._check_header(header)
-        share, opened = self._room.share(tenant), None
+        share = self._room.share(tenant)
         share.take(header.data_bytes)
-        try:
+        with ExitStack() as left:
+            left.callback(share.give, header.data_bytes)
             live = await self._checked(tenant, header)
-            with live.arrivals.until(header.start + header.tokens):
-                opened = OpenAppend(self, live, header, deadline)
+            arrival = live.arrivals.enter(header.start, header.start + header.tokens)
+            left.callback(live.arrivals.leave, arrival)
+            opened = OpenAppend(self, live, header, arrival, deadline)
+            try:
                 yield opened
-        finally:
-            if opened is None or opened.task is None or opened.task.done():
-                share.give(header.data_bytes)
-            else:  # its caller has left
-                opened.task.add_done_callback(lambda _: share.give(header.data_bytes))
+            finally:
+                opened.then(left.pop_all().close)
+
+    def keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Runs to its end even if the caller leaves."""
+        task = asyncio.create_task(work)
+        self.commits.add(task)
+        task.add_done_callback(self.commits.discard)
+        return task
 
     async def _checked(self, tenant: str, header: AppendHeader) -> LiveSession:
         live = await self.registry.open(tenant, header.session, header.generation)
@@ -142,15 +140,25 @@ class Appending:
 class OpenAppend:
     """An append whose frames are arriving."""
 
-    def __init__(self, appending: Appending, live: LiveSession, header: AppendHeader, deadline: float) -> None:
+    def __init__(
+        self, appending: Appending, live: LiveSession, header: AppendHeader, arrival: Arrival, deadline: float
+    ) -> None:
         self._appending, self._live, self._header, self._deadline = appending, live, header, deadline
-        exact, paging = _exact_tokens(header, live.exact_end), appending.backend.paging
+        self._arrival = arrival
+        exact, paging = exact_tokens(header.start, header.tokens, live.exact_end), appending.backend.paging
         allocate = pageable if paging is None else paging.pinned
         self._assembly = AppendAssembly(header, live.state.shape, live.plan, exact, allocate)
+        self._maker = Maker(appending.registry, appending.engine, appending.backend, live, self._assembly, deadline)
         self._copying: asyncio.Future[None] | None = None
-        self._kept: Pair | None = None
-        self.task: asyncio.Task[AppendResult] | None = None
-        """The commit, once it has begun."""
+        self.task: asyncio.Task[Any] | None = None
+        """The commit, once it has begun; then what is left to do."""
+
+    def then(self, last: Callable[[], None]) -> None:
+        """Calls `last` when nothing is left to do, though the caller may have left."""
+        if self.task is None or self.task.done():
+            last()
+        else:
+            self.task.add_done_callback(lambda _: self.then(last))
 
     async def add(self, frame: Frame) -> None:
         """While one large frame is copied the next may arrive."""
@@ -172,118 +180,86 @@ class OpenAppend:
         """
         await self._copied()
         self._assembly.check_complete()
-        self.task = task = asyncio.create_task(self._run())
-        self._appending.commits.add(task)
-        task.add_done_callback(self._appending.commits.discard)
+        self.task = task = self._appending.keep(self._run())
         return await asyncio.shield(task)
 
     async def _run(self) -> AppendResult:
         header, live = self._header, self._live
         log = self._appending.registry.log(live.state.tenant)
         digest = await asyncio.to_thread(self._digest)
-        await live.arrivals.wait(header.start, self._deadline)
-        async with live.lock:
-            present = await asyncio.to_thread(log.already_present, live.state, header.start, header.tokens, digest)
-            if present is not None:
-                return self._result(present)
-            await self._appending.registry.ensure_fit(live)
-            self._appending.check_encoding(live, header)  # an append before this one may have made another fit
-            rows, fit, exact = await self._encoded()
-            return await self._commit(log, digest, rows, fit, exact)
+        self._arrival.received.set_result(digest)
+        before = live.arrivals.before(header.start)
+        made = await self._maker.ahead(log, digest, before) if before else None
+        ahead = made and made.staged
+        try:
+            await live.arrivals.wait(header.start, self._deadline)
+            async with live.lock:
+                if made is None or not made.is_next(live):
+                    present = await asyncio.to_thread(
+                        log.already_present, live.state, header.start, header.tokens, digest
+                    )
+                    if present is not None:
+                        return self._result(present)
+                    await self._appending.registry.ensure_fit(live)
+                    self._appending.check_encoding(live, header)  # one before this may have made another fit
+                    made = await self._maker.now(log, digest)
+                outcome = await self._commit(log, made)
+                result = self._result(outcome)
+                await self._tell(outcome)
+                self._arrival.settle()  # what follows may be committed while these rows join the others
+                self.task = self._appending.keep(self._grow(outcome, made.rows))
+        finally:
+            if ahead is not None:
+                await asyncio.to_thread(ahead.discard)
+        if header.data_bytes < COPY_APART_BYTES:
+            await self.task
+        return result
 
     def _digest(self) -> str:
         header, shape = self._header, self._live.state.shape.fingerprint
         return append_digest(shape, header.start, header.tokens, header.encoding, self._assembly.sent())
 
-    async def _encoded(self) -> tuple[list[LayerRows], Fit | None, int]:
-        """What is stored of each layer, the fit if this append makes it, and how many of its tokens stay exact."""
-        header, live, appending = self._header, self._live, self._appending
-        shape, spec = live.state.shape, live.state.spec
-        plan, exact, fit = live.plan, _exact_tokens(header, live.exact_end), None
-        if header.encoding == "raw" and fit_is_due(spec, shape.layers, live.fit, header.start, header.tokens):
-            resident = await appending.registry.fill(live, live.length) if plan is None else ResidentSession(shape)
-            first = spec.sink_tokens if plan is None else header.start
-            parts = [await self._on_device(partial(self._fit_layer, resident, first, n)) for n in range(shape.layers)]
-            fit = Fit.of_layers(parts)
-            exact = _exact_tokens(header, max(spec.sink_tokens, header.start)) if plan is None else 0
-            plan = await asyncio.to_thread(plan_for, spec, shape, fit, live.projections)
-        rows: list[LayerRows] = []
-        at_once = max(1, ENCODE_BYTES * shape.layers // header.data_bytes)
-        for first in range(0, shape.layers, at_once):
-            layers = range(first, min(first + at_once, shape.layers))
-            rows += await self._on_device(lambda layers=layers: [self._layer(plan, layer, exact) for layer in layers])
-        return rows, fit, exact
-
-    def _fit_layer(self, resident: ResidentSession, first: int, layer: int) -> Fit:
-        live, start = self._live, self._header.start
-        return make_layer_fit(live.state.spec, resident, self._assembly, first, start, layer, live.projections)
-
-    def _layer(self, plan: CodecPlan | None, layer: int, exact: int) -> LayerRows:
-        assembly, tokens = self._assembly, self._header.tokens
-        shape, backend = self._live.state.shape, self._appending.backend
-        if self._header.encoding == "sketch" and plan is not None:
-            keys, values = (accept_sketch(assembly, plan, shape, layer, kind, tokens, exact) for kind in KINDS)
-        else:
-            keys, values = (encode_layer(assembly, plan, layer, kind, exact, backend) for kind in KINDS)
-        return keys, values
-
-    async def _on_device(self, work: Callable[[], T]) -> T:
-        return await self._appending.engine.run(work, self._deadline, "encode", self._live.state.tenant)
-
-    async def _commit(
-        self, log: CommitLog, digest: str, rows: list[LayerRows], fit: Fit | None, exact: int
-    ) -> AppendResult:
+    async def _commit(self, log: CommitLog, made: Made) -> Committed | AlreadyPresent:
         live, header = self._live, self._header
         if monotonic() > self._deadline:
             raise DeadlineExceeded("DEADLINE", "the deadline passed before anything was written")
-        segment = log.segment(
-            live.state,
-            start=header.start,
-            tokens=header.tokens,
-            exact=exact,
-            digest=digest,
-            encoding=header.encoding,
-            encoded_by="server" if header.encoding == "raw" else "client",
-            keys=tuple(keys for keys, _ in rows),
-            values=tuple(values for _, values in rows),
-            fit=fit,
-            epoch=live.epoch + (fit is not None and live.fitted),
-            block_hashes=header.block_hashes,
-            block_tokens=header.block_tokens,
-        )
 
         def commit() -> Committed | AlreadyPresent:
-            outcome = log.commit(live.state, segment)
-            if isinstance(outcome, Committed):
-                if fit is not None:
-                    live.fits[header.start] = fit
-                live.grow(header.start, rows, header.tokens)
-                self._copy()
+            outcome = log.commit(live.state, made.segment, made.staged)
+            if isinstance(outcome, Committed) and made.fit is not None:
+                live.fits[header.start] = made.fit
             return outcome
 
         try:
             with self._appending.telemetry.commit_seconds.time():
-                outcome = await asyncio.to_thread(commit)
+                return await asyncio.to_thread(commit)
         except Aborted:
             self._appending.registry.forget(live.state.tenant, live.state.session)
             raise
+
+    async def _tell(self, outcome: Committed | AlreadyPresent) -> None:
+        live, appending = self._live, self._appending
         if isinstance(outcome, Committed):
-            self._appending.quotas.stored(live.state.tenant, outcome.entry.stored_bytes)
-            self._observe(outcome.entry.stored_bytes)
-        self._appending.registry.make_room(live)
-        await self._appending.registry.ensure_fit(live)
-        self._appending.indexing.changed(live)
-        return self._result(outcome)
+            appending.quotas.stored(live.state.tenant, outcome.entry.stored_bytes)
+            raw_bytes = self._header.tokens * live.state.shape.raw_bytes_per_token
+            appending.telemetry.appended(live.state.spec, self._header.tokens, raw_bytes, outcome.entry.stored_bytes)
+        await appending.registry.ensure_fit(live)
+        appending.indexing.changed(live)
 
-    def _observe(self, stored_bytes: int) -> None:
-        header, state, appending = self._header, self._live.state, self._appending
-        raw_bytes = header.tokens * state.shape.raw_bytes_per_token
-        appending.telemetry.appended(state.spec, header.tokens, raw_bytes, stored_bytes)
-        appending.quality.keep(self._live, header.start, header.tokens, self._kept)
+    async def _grow(self, outcome: Committed | AlreadyPresent, rows: list[LayerRows]) -> None:
+        """The rows join those in memory, in the order of commits."""
+        live, header, appending = self._live, self._header, self._appending
 
-    def _copy(self) -> None:
-        if self._header.encoding == "raw":
-            self._kept = self._appending.quality.copied(self._live, self._header.start, self._assembly.vectors)
+        def grow() -> Pair | None:
+            live.grow(header.start, rows, header.tokens)
+            if header.encoding == "raw":
+                return appending.quality.copied(live, header.start, self._assembly.vectors)
+            return None
+
+        if isinstance(outcome, Committed):
+            async with live.growing:
+                appending.quality.keep(live, header.start, header.tokens, await asyncio.to_thread(grow))
+            appending.registry.make_room(live)
 
     def _result(self, outcome: Committed | AlreadyPresent) -> AppendResult:
         entry, live = outcome.entry, self._live
@@ -294,10 +270,3 @@ class OpenAppend:
             digest=bytes.fromhex(entry.digest),
             stored_bytes=entry.stored_bytes,
         )
-
-
-def _exact_tokens(header: AppendHeader, exact_end: int | None) -> int:
-    """How many leading tokens of the append stay exact; all of them before the fit."""
-    if exact_end is None:
-        return header.tokens
-    return max(0, min(header.tokens, exact_end - header.start))

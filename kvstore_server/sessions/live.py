@@ -18,7 +18,8 @@ from kvstore_server.storage.session_state import AppendEntry, SessionState
 class LiveSession:
     """One generation of one session. Everything here is derived from the store and may be dropped at any time.
 
-    `lock` is held while the session grows or is loaded; queries hold none: they use the prefix that they name.
+    `lock` is held while the session grows or is loaded, `growing` while rows that are durable join those in memory, in
+    their order; queries hold none: they use the prefix that they name.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class LiveSession:
         self.state = state
         self.projections = projections
         self._allocate = allocate
-        self.lock = asyncio.Lock()
+        self.lock, self.growing = asyncio.Lock(), asyncio.Lock()
         self.arrivals = Arrivals()
         self.resident: ResidentSession | None = None
         self.fits: dict[int, Fit] = {}
@@ -41,6 +42,11 @@ class LiveSession:
         self._scanned, self._stored_bytes, self._scanned_merged = 0, 0, state.merged
         self._fit_entries: tuple[AppendEntry, ...] = ()
         self._scanning = Lock()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something grows or loads its rows."""
+        return self.lock.locked() or self.growing.locked()
 
     @property
     def generation(self) -> str:

@@ -126,8 +126,8 @@ class Registry:
         resident = live.resident
         if resident is None or resident.length < end:
             try:
-                async with asyncio.timeout(max(0.0, deadline - monotonic())), live.lock:
-                    resident = await self.fill(live, end)
+                async with asyncio.timeout(max(0.0, deadline - monotonic())):
+                    resident = await self._filled(live, end)
             except TimeoutError:
                 raise DeadlineExceeded("DEADLINE", "the session was not loaded in time") from None
         return resident
@@ -146,8 +146,18 @@ class Registry:
         live.used_at = now
         return live, resident
 
+    async def _filled(self, live: LiveSession, end: int) -> ResidentSession:
+        async with live.growing:  # what was committed last may be on its way
+            resident = live.resident
+        if resident is None or resident.length < end:
+            async with live.lock:
+                resident = await self.fill(live, end)
+        return resident
+
     async def fill(self, live: LiveSession, end: int) -> ResidentSession:
         """The session's rows, at least up to `end`; its lock must be held. What was read before damage is kept."""
+        async with live.growing:
+            pass
         await self.ensure_fits(live, live.fit_entries)
         resident = live.resident = await asyncio.to_thread(live.loadable)
         self._name_parent(live, resident)
@@ -184,7 +194,7 @@ class Registry:
         loaded = [live for live in self._open.values() if live.resident is not None and live is not keep]
         over = self.resident_bytes - self._host_bytes_max
         for live in sorted(loaded, key=lambda each: each.used_at):
-            if over <= 0 or live.lock.locked() or live.resident is None:
+            if over <= 0 or live.is_busy or live.resident is None:
                 continue
             over -= live.resident.nbytes
             live.resident = None

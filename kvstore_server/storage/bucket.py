@@ -23,7 +23,7 @@ from obstore.store import from_url
 from kvstore_server.errors import Unavailable
 from kvstore_server.storage.keys import check_key, is_key
 from kvstore_server.storage.probe import prove_create_once
-from kvstore_server.storage.store import Buffer
+from kvstore_server.storage.store import Buffer, ObjectStore
 
 PART_BYTES = 8 << 20
 """A larger object is read in pieces of this size, several at a time."""
@@ -35,7 +35,7 @@ _REFUSED = (PermissionDeniedError, UnauthenticatedError, NotSupportedError)
 _BEYOND_THE_END = "416 Range Not Satisfiable"
 
 
-class BucketStore:
+class BucketStore(ObjectStore):
     """An ObjectStore in the bucket, and below the path, that `url` names: s3://, gs:// or az://.
 
     Credentials come from where the provider's own tools look: the environment, or the machine's identity. A request

@@ -28,6 +28,7 @@ from kvstore_server.storage.meta import ANCESTORS_MAX
 from kvstore_server.storage.segment import Segment, data_loss, geometry_of, write_segment
 from kvstore_server.storage.segment_header import Encoder, Encoding, SegmentHeader
 from kvstore_server.storage.session_state import AppendEntry, SessionState, entry_of, follows, range_at
+from kvstore_server.storage.store import NotStaged, Staged
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,6 @@ class CommitLog(LogView):
             state.share(source.floor)
         return state, present
 
-    @serialised
     def segment(
         self,
         state: SessionState,
@@ -136,19 +136,22 @@ class CommitLog(LogView):
         block_hashes: tuple[bytes, ...] = (),
         block_tokens: int = 0,
         start: int | None = None,
+        after: tuple[int, str] | None = None,
     ) -> Segment:
         """The next append of `state`, not committed. `fit` only if this append made it; `epoch` is its own's number.
 
         `start` is where the caller believes that the session ends: commit refuses the segment if it no longer does.
+        `after` are start and digest of the append that it follows, where that is still to be committed.
         """
         if tokens < 1:
             raise ValueError("an append has at least one token")
-        last, identity = self._last(state), self._next(state)
+        previous, previous_digest = self._end(state) if after is None else after
+        identity = self._next(state)
         header = SegmentHeader(
             identity=identity if start is None else replace(identity, start=start),
             geometry=geometry_of(tokens, exact, state.shape.dtype, keys, values, fit),
-            previous=last.start if last else None,
-            previous_digest=last.digest if last else "",
+            previous=previous,
+            previous_digest=previous_digest,
             digest=digest,
             encoding=encoding,
             encoded_by=encoded_by,
@@ -161,6 +164,15 @@ class CommitLog(LogView):
             created_unix_seconds=self._clock(),
         )
         return Segment(header, keys, values, fit)
+
+    @serialised
+    def _end(self, state: SessionState) -> tuple[int | None, str]:
+        last = self._last(state)
+        return (last.start, last.digest) if last else (None, "")
+
+    def stage(self, segment: Segment) -> Staged:
+        """Writes the segment's object ahead of its commit, which may come or not."""
+        return self._store.stage(write_segment(segment))
 
     @serialised
     def already_present(self, state: SessionState, start: int, tokens: int, digest: str) -> AlreadyPresent | None:
@@ -176,21 +188,22 @@ class CommitLog(LogView):
         return self._compare(state, state.at(start), start, tokens, digest)
 
     @serialised
-    def commit(self, state: SessionState, segment: Segment) -> Committed | AlreadyPresent:
+    def commit(self, state: SessionState, segment: Segment, staged: Staged | None = None) -> Committed | AlreadyPresent:
         """Makes the append durable, in a constant number of store calls; see already_present for what else may come.
 
+        `staged` is the segment's, if it was written ahead.
         Unavailable: the outcome is unknown, and the same call again settles it.
         """
         header = segment.header
         present = self.already_present(state, header.start, header.tokens, header.digest)
         if present is not None:
             return present
-        parts = write_segment(segment)
+        staged = staged or NotStaged(self._store, write_segment(segment))
         key = log_key(self._tenant, state.session, state.generation, header.start)
-        entry = entry_of(key, header, sum(map(len, parts)))
+        entry = entry_of(key, header, staged.size)
         if header.identity != self._next(state) or not follows(entry, self._last(state)):
             raise ValueError("the segment was not made as the next of this state")
-        won = self._store.put_if_absent(key, parts)
+        won = staged.put_if_absent(key)
         found = entry if won else self._winner(state)
         self._meta.confirm(state)
         if range_at(state.merged, header.start):  # the name was free, if it was, only because its append is elsewhere

@@ -69,6 +69,10 @@ class LocalStore:
                 if not (urgent and self._reserve and self._reserve.release()):
                     raise
 
+    def stage(self, parts: Sequence[Buffer]) -> "StagedFile":
+        with _disk_errors():
+            return StagedFile(self, self._write_temp(parts), sum(map(len, parts)))
+
     def get(self, key: str) -> memoryview:
         return self._read(key, 0, None)
 
@@ -109,7 +113,7 @@ class LocalStore:
         key = f"{FOLDER}/{secrets.token_hex(16)}"
         try:
             self.put_if_absent(key, [b"first"])
-            replaced = self._link_over(key)
+            replaced = self.stage([b"third"]).put_if_absent(key)  # which does not look before it links
         finally:
             with contextlib.suppress(KVStoreError):
                 self.delete(key)
@@ -117,31 +121,20 @@ class LocalStore:
             raise Unavailable("STORE_UNSAFE", "a link replaces what has the name")
 
     def _put(self, key: str, parts: Sequence[Buffer]) -> bool:
+        return not self._exists(self._path(key)) and self.stage(parts).put_if_absent(key)
+
+    def link(self, temp: str, key: str) -> bool:
+        """Gives a synced temporary file its name; False if that is taken. The temporary name is gone after it."""
         path = self._path(key)
-        if self._exists(path):
-            return False
         with _disk_errors():
-            self._make_folders(os.path.dirname(path))
-            temp = self._write_temp(parts)
             try:
+                self._make_folders(os.path.dirname(path))
                 self._files.link(temp, path)
             except FileExistsError:
                 return False
             finally:
-                self._discard(temp)
+                self.discard(temp)
         self._names.settle(path)
-        return True
-
-    def _link_over(self, key: str) -> bool:
-        """Whether the file system lets a link replace a name: put_if_absent looks before it links."""
-        with _disk_errors():
-            temp = self._write_temp([b"third"])
-            try:
-                self._files.link(temp, self._path(key))
-            except FileExistsError:
-                return False
-            finally:
-                self._discard(temp)
         return True
 
     def _read(self, key: str, start: int, end: int | None) -> memoryview:
@@ -207,11 +200,12 @@ class LocalStore:
             finally:
                 self._files.close(handle)
         except BaseException:
-            self._discard(temp)
+            self.discard(temp)
             raise
         return temp
 
-    def _discard(self, temp: str) -> None:
+    def discard(self, temp: str) -> None:
+        """Removes a temporary file, if it is there."""
         with contextlib.suppress(OSError):
             self._files.unlink(temp)
 
@@ -227,6 +221,19 @@ class LocalStore:
             with contextlib.suppress(OSError):
                 if self._files.modified_unix_seconds(path) < before_unix_seconds:
                     self._files.unlink(path)
+
+
+class StagedFile:
+    """A Staged of a LocalStore: a synced temporary file."""
+
+    def __init__(self, store: LocalStore, temp: str, size: int) -> None:
+        self._store, self._temp, self.size = store, temp, size
+
+    def put_if_absent(self, key: str) -> bool:
+        return self._store.link(self._temp, key)
+
+    def discard(self) -> None:
+        self._store.discard(self._temp)
 
 
 @contextlib.contextmanager

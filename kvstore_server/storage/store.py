@@ -6,6 +6,18 @@ from typing import Protocol
 Buffer = bytes | bytearray | memoryview
 
 
+class Staged(Protocol):
+    """An object that has no name yet. It is put at most once; one that is not put is discarded."""
+
+    size: int
+
+    def put_if_absent(self, key: str) -> bool:
+        """As the store's."""
+        ...
+
+    def discard(self) -> None: ...
+
+
 class ObjectStore(Protocol):
     """Keys are `/`-separated; objects are never overwritten, so a successful put is a commit.
 
@@ -23,6 +35,10 @@ class ObjectStore(Protocol):
         True means: fsynced (data, name and every new folder) or acknowledged by the object store.
         """
         ...
+
+    def stage(self, parts: Sequence[Buffer]) -> Staged:
+        """What will be an object, durably written before its name is decided if this store can do that."""
+        return NotStaged(self, parts)
 
     def get(self, key: str) -> bytes | memoryview:
         """The whole object; KeyError if there is none. Before an object is first served its folder is fsynced."""
@@ -51,3 +67,17 @@ class ObjectStore(Protocol):
     def probe(self) -> None:
         """Proves that a second create of one name is refused; raises Unavailable if the store does not keep that."""
         ...
+
+
+class NotStaged:
+    """Keeps the parts until the name is known."""
+
+    def __init__(self, store: ObjectStore, parts: Sequence[Buffer]) -> None:
+        self._store, self._parts = store, parts
+        self.size = sum(map(len, parts))
+
+    def put_if_absent(self, key: str) -> bool:
+        return self._store.put_if_absent(key, self._parts)
+
+    def discard(self) -> None:
+        return

@@ -15,6 +15,12 @@ from typer.testing import CliRunner
 from kvstore_client import AsyncKVStoreClient, DataLoss, FailedPrecondition, Precision, Session
 from kvstore_codecs.spec import CodecSpec, Matryoshka, ModelShape
 from kvstore_server.cli import app
+from kvstore_server.sessions.live import LiveSession
+from kvstore_server.sessions.making import Made
+from kvstore_server.storage.commit_log import AlreadyPresent, CommitLog, Committed
+from kvstore_server.storage.segment import Segment
+from kvstore_server.storage.session_state import SessionState
+from kvstore_server.storage.store import Staged
 
 from ..running import serving
 
@@ -117,6 +123,39 @@ async def test_every_epoch_is_answered_as_it_decodes_by_every_server(tmp_path: P
         assert_same(await answers(await client.open_session("s")), before)
     result = CliRunner().invoke(app, ["verify", str(tmp_path)])
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("encode", [False, True])
+async def test_an_append_that_was_made_ready_while_an_epoch_began_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encode: bool
+) -> None:
+    commit, is_next, asked = CommitLog.commit, Made.is_next, list[bool]()
+
+    def slowly(
+        self: CommitLog, state: SessionState, segment: Segment, staged: Staged | None
+    ) -> Committed | AlreadyPresent:
+        time.sleep(0.3)
+        return commit(self, state, segment, staged)
+
+    def noted(self: Made, live: LiveSession) -> bool:
+        asked.append(is_next(self, live))
+        return asked[-1]
+
+    k, v = vectors()
+    async with serving(tmp_path) as server, AsyncKVStoreClient(f"127.0.0.1:{server.port}") as client:
+        expected = await answers(await filled(client, "in-turn"))
+        session = await filled(client, "ahead", cuts=CUTS[:3])
+        behind = await client.open_session("ahead")
+        monkeypatch.setattr(CommitLog, "commit", slowly)
+        monkeypatch.setattr(Made, "is_next", noted)
+        first = asyncio.create_task(session.append(k[:, 1300:2000], v[:, 1300:2000], encode=encode))
+        await asyncio.sleep(0.1)
+        await behind.append(k[:, 2000:2100], v[:, 2000:2100], start=2000, encode=encode)
+        await first
+        for start, end in pairwise(CUTS[4:]):
+            await behind.append(k[:, start:end], v[:, start:end], encode=encode)
+        assert asked[0] is False
+        assert_same(await answers(behind), expected)
 
 
 async def test_epochs_halve_what_drift_costs_and_cost_nothing_without_it(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class Suspended(BaseException):
     """The actor made its one new call and asks for the next."""
 
 
-class Replay:
+class Replay(ObjectStore):
     """A store that answers the first calls from the record, makes one new call, and stops at the one after it."""
 
     reads_at_once = 1

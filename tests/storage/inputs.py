@@ -67,6 +67,7 @@ def next_segment(
     block_hashes: tuple[bytes, ...] = (),
     block_tokens: int = 0,
     start: int | None = None,
+    after: tuple[int, str] | None = None,
 ) -> Segment:
     """The next append of `state`: layer 0 dense, all others signs. Equal seeds give equal digests."""
     source = torch.Generator().manual_seed(seed)
@@ -91,6 +92,7 @@ def next_segment(
         block_hashes=block_hashes,
         block_tokens=block_tokens,
         start=start,
+        after=after,
     )
 
 

@@ -6,7 +6,7 @@ from typing import cast
 from kvstore_server.storage.store import Buffer, ObjectStore
 
 
-class MemoryStore:
+class MemoryStore(ObjectStore):
     """Counts its calls by name in `calls`."""
 
     reads_at_once = 1

@@ -9,7 +9,7 @@ import pytest
 
 from kvstore_server.errors import KVStoreError
 from kvstore_server.storage.collecting import Collector
-from kvstore_server.storage.commit_log import AlreadyPresent, CommitLog
+from kvstore_server.storage.commit_log import AlreadyPresent, CommitLog, Committed
 from kvstore_server.storage.local import LocalStore
 from kvstore_server.storage.merging import MergeBounds, Merger
 from kvstore_server.storage.session_state import SessionState
@@ -64,6 +64,16 @@ def collect(store: LocalStore, name: str) -> None:
     Collector(store, TENANT, 0.0, lambda: CLOCK_SECONDS).collect(name)
 
 
+def staged_in_turn(log: CommitLog, state: SessionState) -> Iterator[None]:
+    """Two appends whose objects are both written before the first is committed."""
+    first = next_segment(log, state, 2, seed=30)
+    after = first.header.start, first.header.digest
+    second = next_segment(log, state, 2, seed=31, start=first.header.end, after=after)
+    for segment, staged in [(each, log.stage(each)) for each in (first, second)]:
+        assert isinstance(log.commit(state, segment, staged), Committed)
+        yield
+
+
 def every_call(disk: MemoryDisk) -> Iterator[None]:
     """Every kind of call; yields after each acknowledgement."""
     log = commit_log(opened(disk))
@@ -73,6 +83,7 @@ def every_call(disk: MemoryDisk) -> Iterator[None]:
     for seed in range(3):
         append(log, parent, tokens=2, seed=seed)
         yield
+    yield from staged_in_turn(log, parent)
     log.create("beside", SHAPE, SPEC, ttl_seconds=5)
     yield
     append(log, living(log, "beside"), seed=7)

@@ -42,6 +42,21 @@ def test_the_first_writer_of_a_name_wins_and_its_bytes_stay(store: LocalStore) -
     assert bytes(store.get_range("t/s/x", 50, 100)) == b""
 
 
+def test_what_is_staged_is_synced_and_has_no_name_until_it_is_put(
+    store: LocalStore, files: RecordingFiles, tmp_path: Path
+) -> None:
+    staged = store.stage([b"one ", b"two"])
+    assert staged.size == 7
+    assert [each for call in files.calls if (each := call.split()[0]) in ("sync", "link")] == ["sync"]
+    assert store.list_keys("") == []
+    assert staged.put_if_absent("t/s/x")
+    assert bytes(store.get("t/s/x")) == b"one two"
+    assert not store.stage([b"other"]).put_if_absent("t/s/x")
+    store.stage([b"never put"]).discard()
+    assert temp_files(tmp_path) == []
+    assert store.list_keys("") == ["t/s/x"]
+
+
 def test_what_is_not_there_is_a_key_error(store: LocalStore) -> None:
     store.put_if_absent("t/s/x", [b"1"])
     for key in ("t/s/y", "u/s/x", "t/s/x/below", "t/s"):
