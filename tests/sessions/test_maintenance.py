@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -121,6 +122,15 @@ async def test_one_lists_the_sessions_and_all_know_of_them(
     assert totals[0].sessions == SESSIONS
     assert totals == [totals[0]] * 3
     assert all(each.maintenance.census.largest for each in servers)
+
+
+async def test_each_would_list_them_without_a_census(
+    servers: list[Server], index: CountingIndex, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it is for."""
+    monkeypatch.setattr(index, "put_census", AsyncMock())
+    assert await rounds([each.sweep for each in servers], clock, 2) == [True, True, True]
+    assert index.lists == 2 * 3 * 2  # of a page, and one that is empty
 
 
 @pytest.mark.parametrize("how", ["gone", "fails", "hangs"])
