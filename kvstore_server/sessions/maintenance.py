@@ -19,7 +19,7 @@ from kvstore_server.storage.store import ObjectStore
 
 LOG = logging.getLogger(__name__)
 SWEEPS, COLLECTIONS_PER_GRACE = 2, 2
-"""In each sweep_seconds, so that a census of another server is never older when it is used; in each grace."""
+"""In each `sweep_seconds`, so that a census of another server is no older when it is used; in each grace."""
 LARGEST = 20
 PAGE = 1_000
 
