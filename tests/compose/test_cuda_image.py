@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import pytest
 
-from ..faults.tally import only_in_the_whole_suite
 from ..project_rules import ROOT
 from .daemon import ENVIRONMENT, docker
 from .images import BASE, layers
@@ -16,7 +15,7 @@ from .stack import until
 from .test_variants import round_trip
 from .tools import FOLDER
 
-pytestmark = [only_in_the_whole_suite, pytest.mark.root, pytest.mark.slow]
+pytestmark = [pytest.mark.root, pytest.mark.slow]
 Tell = Callable[[str, object], None]
 IMAGE, PLAIN = "remote-kv-store:cuda", "kvstore-test/plain"
 BUILD_SECONDS, RUN_SECONDS, SERVING_SECONDS = 1_800.0, 300.0, 300.0
