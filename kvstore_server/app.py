@@ -173,10 +173,10 @@ class Server:
     def _measure(self, device: Device) -> None:
         registry, engine, gauge = self.sessions.registry, self._engine, self.telemetry.gauge
         maintenance, quality = self.sessions.maintenance, self.sessions.quality
-        gauge("kvstore_sessions", "Sessions of the store", lambda: maintenance.census.sessions)
-        gauge("kvstore_session_tokens", "Their tokens", lambda: maintenance.census.tokens)
-        gauge("kvstore_stored_bytes", "Bytes of their objects", lambda: maintenance.census.stored_bytes)
-        gauge("kvstore_raw_bytes", "Bytes of their tokens in their dtypes", lambda: maintenance.census.raw_bytes)
+        gauge("kvstore_sessions", "Sessions of the store", lambda: maintenance.census.total.sessions)
+        gauge("kvstore_session_tokens", "Their tokens", lambda: maintenance.census.total.tokens)
+        gauge("kvstore_stored_bytes", "Bytes of their objects", lambda: maintenance.census.total.stored_bytes)
+        gauge("kvstore_raw_bytes", "Bytes of their tokens in their dtypes", lambda: maintenance.census.total.raw_bytes)
         gauge("kvstore_quality_kept_bytes", "Of vectors kept to compare answers with", lambda: quality.kept_bytes)
         gauge("kvstore_quality_kept_sessions", "Sessions of which there are some", lambda: quality.kept_sessions)
         gauge("kvstore_resident_bytes", "Bytes of loaded sessions", lambda: registry.resident_bytes)

@@ -92,6 +92,7 @@ def serve(
     from kvstore_server.app import redactor
     from kvstore_server.app import serve as run
     from kvstore_server.config import ConfigError, load
+    from kvstore_server.device import DeviceUnusable
     from kvstore_server.log import configure
 
     given: dict[str, dict[str, Any]] = {
@@ -112,7 +113,8 @@ def serve(
     try:
         code = uvloop.run(run(settings))
     except Exception as error:
-        logging.getLogger(__name__).critical("the server stops: %s", error, exc_info=error)
+        expected = isinstance(error, DeviceUnusable)  # the text says it all
+        logging.getLogger(__name__).critical("the server stops: %s", error, exc_info=None if expected else error)
         code = 1
     raise typer.Exit(code)
 

@@ -277,7 +277,7 @@ class Settings(BaseSettings):
     staleness_seconds: Seconds = 2.0
     """For how long another server's delete or append may go unnoticed."""
     sweep_seconds: Seconds = 15.0
-    """How often the index is told which sessions were used, and unused ones are looked for."""
+    """Within it the index is told which sessions were used, and one of its servers looks for unused ones."""
     gc_grace_seconds: Seconds = 3_600.0
     """For how long the data of an expired session can still be read by those who know its generation, and those of a
     deleted one lie in the store."""

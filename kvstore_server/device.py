@@ -11,24 +11,39 @@ from kvstore_server.sessions.attention import Device
 LOG = logging.getLogger(__name__)
 
 
+class DeviceUnusable(RuntimeError):
+    """The device is not there, or what it takes is not; the text says so."""
+
+
 def open_device(settings: config.Device) -> Device:
     """The device, after a self-check that also compiles its ops: half a minute where no machine code was kept.
 
-    `auto` takes the CPU, and says why, where there is no CUDA device or its answers are wrong. Raises RuntimeError for
-    a CUDA device that is asked for by name and cannot be used.
+    `auto` takes the CPU, and says why, where there is no CUDA device or its answers are wrong. Raises DeviceUnusable or
+    SelfCheckError for a device that is asked for by name.
     """
-    try:
-        backend = open_backend(settings.name)
-        self_check(backend)
-    except SelfCheckError as error:
-        if settings.name != "auto":
-            raise
-        LOG.warning("%s; the CPU serves", error)
-        backend = open_backend("cpu")
-        self_check(backend)
+    backend = _first() if settings.name == "auto" else _checked(settings.name)
     memory = _memory(backend, settings)
     LOG.info("device %s%s", backend.name, "" if memory is None else f", {memory.size_bytes >> 20} MiB for sessions")
     return Device(backend, memory)
+
+
+def _first() -> Backend:
+    try:
+        return _checked("cuda:0")
+    except DeviceUnusable as error:
+        LOG.info("%s; the CPU serves", error)
+    except SelfCheckError as error:
+        LOG.warning("%s; the CPU serves", error)
+    return _checked("cpu")
+
+
+def _checked(name: str) -> Backend:
+    try:
+        backend = open_backend(name)
+    except RuntimeError as error:
+        raise DeviceUnusable(str(error)) from error
+    self_check(backend)
+    return backend
 
 
 def _memory(backend: Backend, settings: config.Device) -> DeviceMemory | None:

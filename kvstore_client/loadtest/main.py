@@ -29,6 +29,8 @@ from kvstore_codecs.spec import CodecSpec
 SESSION_TTL_SECONDS = 3600.0
 """For sessions that this process could not delete; they are used as long as it lives."""
 READY_SECONDS = 600.0
+FILE_COLUMNS = 120
+"""Of a log or a file, so that no number of the table is cut."""
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
@@ -49,6 +51,8 @@ def run(load: Load, slos: list[Slo], *, find_capacity: bool = False, files: File
     before the load.
     """
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, FILE_COLUMNS)
     result, tally, begun = asyncio.run(measure(load, slos, console, find_capacity=find_capacity))
     console.print(table_of(result), highlight=False)
     if files.json is not None:

@@ -64,6 +64,45 @@ class ReplicaEntry(_Record):
     seen_unix_seconds: UnixSeconds
 
 
+class Holdings(_Record):
+    """Sessions together; tokens that forks share count for each of them."""
+
+    sessions: Whole = 0
+    tokens: Whole = 0
+    stored_bytes: Whole = 0
+    raw_bytes: Whole = 0
+
+    @classmethod
+    def of(cls, entries: Sequence[SessionEntry]) -> "Holdings":
+        return cls(
+            sessions=len(entries),
+            tokens=sum(entry.length for entry in entries),
+            stored_bytes=sum(entry.stored_bytes for entry in entries),
+            raw_bytes=sum(entry.raw_bytes for entry in entries),
+        )
+
+
+class Census(_Record):
+    """All sessions as one server found them, so that the others need not list them too."""
+
+    taken_by: Annotated[str, Field(max_length=100)]
+    age_seconds: Annotated[float, Field(ge=0)]
+    """Since it began to be taken."""
+    kept_seconds: Annotated[float, Field(gt=0)]
+    """An index forgets it then."""
+    tenants: dict[Name, Holdings]
+    largest: tuple[SessionEntry, ...]
+    """Some, by stored bytes."""
+
+    @property
+    def total(self) -> Holdings:
+        fields = Holdings.model_fields
+        return Holdings(**{name: sum(getattr(each, name) for each in self.tenants.values()) for name in fields})
+
+    def later(self, seconds: float) -> "Census":
+        return self.model_copy(update={"age_seconds": self.age_seconds + seconds})
+
+
 class Notice(_Record):
     """A session has reached this length, or at length 0 come to be or to an end."""
 
@@ -128,6 +167,14 @@ class Index(Protocol):
 
     async def replicas(self) -> Sequence[ReplicaEntry]:
         """By name; those not seen for REPLICA_KEPT_SECONDS before the latest are forgotten."""
+        ...
+
+    async def put_census(self, census: Census) -> None:
+        """Keeps it in place of any other."""
+        ...
+
+    async def census(self) -> Census | None:
+        """The one that is kept, its age that of now."""
         ...
 
     async def ping(self) -> None:

@@ -5,6 +5,8 @@ NOTICES = f"{NAMESPACE}notices"
 """The pub/sub channel."""
 REPLICAS = f"{NAMESPACE}replicas"
 """The hash of servers."""
+CENSUS = f"{NAMESPACE}census"
+"""What a server counted for all, until it expires."""
 
 
 def key(tenant: str, *parts: str) -> str:

@@ -11,6 +11,7 @@ from kvstore_server.errors import Unavailable
 from kvstore_server.metadata.index import (
     PREFIX_CANDIDATES,
     REMOVED_KEPT_SECONDS,
+    Census,
     Notice,
     PrefixEntry,
     ReplicaEntry,
@@ -31,6 +32,7 @@ class MemoryIndex:
         self._removed: dict[tuple[str, str], tuple[int, float]] = {}
         self._prefixes: dict[tuple[str, str], dict[str, PrefixEntry]] = {}
         self._replicas: dict[str, ReplicaEntry] = {}
+        self._census: tuple[Census, float] | None = None
         self._subscribers: set[asyncio.Queue[Notice | None]] = set()
 
     async def put(self, entry: SessionEntry) -> bool:
@@ -108,6 +110,16 @@ class MemoryIndex:
         self._replicas = {each.name: each for each in found}
         return found
 
+    async def put_census(self, census: Census) -> None:
+        self._census = census, monotonic()
+
+    async def census(self) -> Census | None:
+        if self._census is None:
+            return None
+        census, put_at = self._census
+        passed = monotonic() - put_at
+        return census.later(passed) if passed < census.kept_seconds else None
+
     async def ping(self) -> None:
         return
 
@@ -116,6 +128,7 @@ class MemoryIndex:
         self._removed.clear()
         self._prefixes.clear()
         self._replicas.clear()
+        self._census = None
 
     async def close(self) -> None:
         return

@@ -2,7 +2,7 @@
 
 Per tenant: a hash of entries by name (JSON), a sorted set of names for listing, a sorted set of last uses, for each
 removed session its generation, for a while, and for each label of a prefix a hash of sessions (JSON). Of all tenants: a
-hash of servers (JSON).
+hash of servers (JSON) and, for a while, a census (JSON).
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,19 +24,22 @@ from kvstore_server.metadata.index import (
     PREFIX_CANDIDATES,
     REMOVED_KEPT_SECONDS,
     UNIX_SECONDS_MAX,
+    Census,
     Notice,
     PrefixEntry,
     ReplicaEntry,
     SessionEntry,
     living,
 )
-from kvstore_server.metadata.keys import NAMESPACE, NOTICES, REPLICAS, key
+from kvstore_server.metadata.keys import CENSUS, NAMESPACE, NOTICES, REPLICAS, key
 from kvstore_server.metadata.redis_client import CONNECTIONS_MAX, IDLE_SECONDS, close, connect
-from kvstore_server.metadata.scripts import DROP_PREFIX, FIND_PREFIXES, PAGE, PUT_PREFIXES, STATE, SWAP
+from kvstore_server.metadata.scripts import DROP_PREFIX, FIND_PREFIXES, PAGE, PUT_PREFIXES, READ_CENSUS, STATE, SWAP
 
 log = logging.getLogger(__name__)
 
 PREFIXES_AT_ONCE = 512
+CENSUS_BYTES_MAX = 1 << 20
+"""Of about 8,000 tenants: with more of them every server counts for itself."""
 RACES_MAX = 16
 """Lost races on one session before a write gives up."""
 
@@ -69,6 +73,7 @@ class RedisIndex:
         self._state, self._page, self._swap = map(self._redis.register_script, (STATE, PAGE, SWAP))
         scripts = (PUT_PREFIXES, FIND_PREFIXES, DROP_PREFIX)
         self._put_prefixes, self._find_prefixes, self._drop_prefix = map(self._redis.register_script, scripts)
+        self._read_census = self._redis.register_script(READ_CENSUS)
 
     async def put(self, entry: SessionEntry) -> bool:
         def decide(old: SessionEntry | None, removed: int) -> tuple[SessionEntry | None, int] | None:
@@ -181,6 +186,23 @@ class RedisIndex:
                 await self._redis.hdel(REPLICAS, *gone)
         return found
 
+    async def put_census(self, census: Census) -> None:
+        async with self._bounded():
+            await self._redis.set(CENSUS, census.model_dump_json(), px=_milliseconds(census.kept_seconds))
+
+    async def census(self) -> Census | None:
+        async with self._bounded():
+            value, left = await self._read_census([CENSUS], [CENSUS_BYTES_MAX])
+        if not value:
+            return None
+        try:
+            census = Census.model_validate_json(value)
+        except ValidationError:
+            return self._distrust("a census")
+        if not 0 <= left <= _milliseconds(census.kept_seconds):  # Redis's clock went back: it would stay for too long
+            return self._distrust("a census without its end")
+        return census.later(census.kept_seconds - left / 1e3)
+
     async def ping(self) -> None:
         async with self._bounded():
             await self._redis.ping()
@@ -260,6 +282,10 @@ def _unavailable() -> Generator[None]:
         yield
     except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
         raise Unavailable("INDEX_UNAVAILABLE", "the index does not answer") from error
+
+
+def _milliseconds(seconds: float) -> int:
+    return ceil(seconds * 1e3)
 
 
 def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

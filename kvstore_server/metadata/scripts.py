@@ -56,6 +56,13 @@ return 1
 )
 """Changes one session if its entry and its removed generation are still what they were: 1, else 0."""
 
+READ_CENSUS = """
+local text = redis.pcall('GET', KEYS[1])
+if type(text) ~= 'string' or #text > tonumber(ARGV[1]) then return {'', 0} end
+return {text, redis.call('PTTL', KEYS[1])}
+"""
+"""What is there, unless it is longer than ARGV[1] bytes, and for how many more milliseconds."""
+
 PUT_PREFIXES = """
 for i, name in ipairs(KEYS) do
   local found = redis.call('TYPE', name)['ok']

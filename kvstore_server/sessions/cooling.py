@@ -59,6 +59,10 @@ class Cooling:
         self._unused_since: dict[Seen, float] = {}
         self._settled: set[Seen] = set()
 
+    def rest(self) -> None:
+        """Another server sweeps; what was seen here counts no longer."""
+        self._unused_since.clear()
+
     async def sweep(self, tenant: str, entries: Sequence[SessionEntry]) -> int:
         """Looks at all sessions of the tenant, as the index has them now; how many objects were cut."""
         if self._unused_seconds is None:

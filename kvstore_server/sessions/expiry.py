@@ -33,8 +33,17 @@ class Expiry:
         self._registry, self._indexing = registry, indexing
         self._clock, self._monotonic = clock, monotonic_clock
         self._due_since: dict[SessionEntry, float] = {}
-        self.stopped = False
-        """Too many sessions were due at the last sweep."""
+        self._stopped: set[str] = set()
+
+    @property
+    def stopped(self) -> bool:
+        """Too many sessions of a tenant were due at the last sweep."""
+        return bool(self._stopped)
+
+    def rest(self) -> None:
+        """Another server sweeps; what was seen here counts no longer."""
+        self._due_since.clear()
+        self._stopped.clear()
 
     async def sweep(self, tenant: str, entries: Sequence[SessionEntry]) -> int:
         """Ends what is due of all the tenant's sessions, as the index has them; how many."""
@@ -44,8 +53,9 @@ class Expiry:
         since = {entry: self._due_since.get(entry, observed) for entry in due}
         self._due_since = others | since
         ready = [entry for entry in due if observed - since[entry] >= OBSERVED_SECONDS]
-        self.stopped = len(ready) > max(COUNT_MIN, SHARE_MAX * len(entries))
-        if self.stopped:
+        self._stopped.discard(tenant)
+        if len(ready) > max(COUNT_MIN, SHARE_MAX * len(entries)):
+            self._stopped.add(tenant)
             LOG.error("%d of %d sessions seem to have expired at once: none is ended", len(ready), len(entries))
             return 0
         return sum([await self._end(entry) for entry in ready])

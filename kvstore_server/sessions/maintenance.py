@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from random import uniform
 from time import monotonic, time
+from uuid import uuid4
 
 from kvstore_server.errors import KVStoreError
-from kvstore_server.metadata.index import Index, SessionEntry
+from kvstore_server.metadata.index import Census, Holdings, Index, SessionEntry
 from kvstore_server.sessions.cooling import Cooling
 from kvstore_server.sessions.expiry import Expiry
 from kvstore_server.sessions.quotas import Quotas
@@ -17,35 +18,19 @@ from kvstore_server.storage.collecting import Collector
 from kvstore_server.storage.store import ObjectStore
 
 LOG = logging.getLogger(__name__)
-COLLECTIONS_PER_GRACE = 2
+SWEEPS, COLLECTIONS_PER_GRACE = 2, 2
+"""In each `sweep_seconds`, so that a census of another server is no older when it is used; in each grace."""
 LARGEST = 20
 PAGE = 1_000
 
 
-@dataclass(frozen=True)
-class Census:
-    """All sessions, as the index had them at the last sweep; tokens that forks share count for each of them."""
-
-    sessions: int = 0
-    tokens: int = 0
-    stored_bytes: int = 0
-    raw_bytes: int = 0
-    largest: tuple[SessionEntry, ...] = ()
-    """By stored bytes."""
-
-    @classmethod
-    def of(cls, entries: list[SessionEntry]) -> "Census":
-        return cls(
-            len(entries),
-            sum(entry.length for entry in entries),
-            sum(entry.stored_bytes for entry in entries),
-            sum(entry.raw_bytes for entry in entries),
-            tuple(sorted(entries, key=lambda entry: -entry.stored_bytes)[:LARGEST]),
-        )
-
-
 class Maintenance:
-    """One task. Any number of servers may do the same over one store."""
+    """Any number of servers may do the same over one store, and one of them does what grows with the sessions.
+
+    It is the one whose census the index keeps. That is put at the end of a sweep and forgotten `sweep_seconds` later:
+    when its server is gone, hangs or fails, whoever looks next finds none and sweeps. So at times two do, which is as
+    safe as it is useless.
+    """
 
     def __init__(
         self,
@@ -62,47 +47,75 @@ class Maintenance:
         self._store, self._index, self._registry, self._expiry = store, index, registry, expiry
         self._cooling, self._quotas = cooling, quotas
         self._sweep_seconds, self._grace_seconds = sweep_seconds, grace_seconds
-        self._task: asyncio.Task[None] | None = None
-        self.census = Census()
+        self._name = uuid4().hex
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_ours = False
+        self.census = Census(taken_by=self._name, age_seconds=0, kept_seconds=sweep_seconds, tenants={}, largest=())
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._run())
+        sweeps = self._again(self._sweep_seconds / SWEEPS, self.sweep)
+        collections = self._again(self._grace_seconds / COLLECTIONS_PER_GRACE, self.collect_if_ours)
+        self._tasks = {asyncio.create_task(each) for each in (sweeps, collections)}
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
-    async def _run(self) -> None:
-        collected = monotonic()
+    async def _again(self, seconds: float, work: Callable[[], Awaitable[object]]) -> None:
         while True:
-            await asyncio.sleep(self._sweep_seconds * uniform(0.5, 1.0))  # noqa: S311
+            await asyncio.sleep(seconds * uniform(0.5, 1.0))  # noqa: S311
             try:
-                await self.sweep()
-                if monotonic() - collected >= self._grace_seconds / COLLECTIONS_PER_GRACE:
-                    collected = monotonic()
-                    await self.collect()
+                await work()
             except KVStoreError as error:
                 LOG.warning("maintenance waits for the next time: %s", error)
             except Exception:
                 LOG.exception("maintenance failed")
 
-    async def sweep(self) -> None:
-        """Tells the index of the uses since the last time, counts what is there, expires what nobody uses."""
+    async def sweep(self) -> bool:
+        """Tells the index of the uses since the last time. Counts what is there and ends what nobody uses, unless
+        another server has just done so: False."""
         for live in self._registry.opened():
             if live.used_at > live.told_at:
                 used_at = live.used_at
                 when = time() - (monotonic() - used_at)
                 await self._index.touch(live.state.tenant, live.state.session, when)
                 live.told_at = used_at
-        everything: list[SessionEntry] = []
+        found = await self._index.census()
+        self._is_ours = found is None or found.taken_by == self._name
+        if found is None or self._is_ours:
+            self.census = await self._look_at_all()
+            await self._index.put_census(self.census)
+            return True
+        self.census = found
+        for tenant, holdings in found.tenants.items():
+            self._quotas.measured(tenant, holdings, found.age_seconds)
+        self._cooling.rest()
+        self._expiry.rest()
+        return False
+
+    async def _look_at_all(self) -> Census:
+        began, tenants = monotonic(), dict[str, Holdings]()
+        largest: list[SessionEntry] = []
         for tenant in await self._tenants():
             entries = await self._entries(tenant)
-            everything += entries
-            self._quotas.measured(tenant, entries)
+            tenants[tenant] = Holdings.of(entries)
+            largest = sorted(largest + entries, key=lambda entry: -entry.stored_bytes)[:LARGEST]
+            self._quotas.measured(tenant, tenants[tenant])
             await self._cooling.sweep(tenant, entries)
             await self._expiry.sweep(tenant, entries)
-        self.census = Census.of(everything)
+        return Census(
+            taken_by=self._name,
+            age_seconds=monotonic() - began,
+            kept_seconds=self._sweep_seconds,
+            tenants=tenants,
+            largest=tuple(largest),
+        )
+
+    async def collect_if_ours(self) -> None:
+        if self._is_ours:
+            await self.collect()
 
     async def collect(self) -> int:
         """Removes garbage; how many objects. A session that is damaged keeps what it has."""

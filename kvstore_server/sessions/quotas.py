@@ -1,26 +1,38 @@
-"""What each tenant may take. Every server counts what the index told last plus what it took in itself since.
+"""What each tenant may take. Every server counts what the last census told plus what it took in itself since.
 
 So servers together may go over a quota by what the others take in within one sweep, and by one append each; the rate is
 for each server.
 """
 
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import NamedTuple
 
 from kvstore_server.errors import ResourceExhausted
-from kvstore_server.metadata.index import SessionEntry
+from kvstore_server.metadata.index import Holdings
 from kvstore_server.tenants import Quota
 
 RETRY_SECONDS = 5.0
 
 
+class Added(NamedTuple):
+    """By this server; `at` is of its running clock."""
+
+    at: float
+    sessions: int
+    stored_bytes: int
+
+
 @dataclass
 class Usage:
-    """Of one tenant: as the index told last, and what this server has added since."""
+    """Of one tenant: as the last census told, and what this server has added since."""
 
     sessions: int = 0
     stored_bytes: int = 0
+    added: deque[Added] = field(default_factory=deque)
+    """Within the last `remembered_seconds`: of which a census that another server took may know nothing."""
     rate_debt_bytes: float = 0.0
     """Bytes taken in that the rate has not paid for yet."""
     paid_at: float = field(default=0.0)
@@ -29,17 +41,19 @@ class Usage:
 class Quotas:
     """Refuses with ResourceExhausted (QUOTA), which names the quota and when to try again."""
 
-    def __init__(self, quota_of: Callable[[str], Quota], clock: Callable[[], float] = monotonic) -> None:
-        self._quota_of, self._clock = quota_of, clock
+    def __init__(
+        self, quota_of: Callable[[str], Quota], remembered_seconds: float, clock: Callable[[], float] = monotonic
+    ) -> None:
+        """What was added longer ago than `remembered_seconds` is in every census."""
+        self._quota_of, self._remembered_seconds, self._clock = quota_of, remembered_seconds, clock
         self._usage: dict[str, Usage] = {}
 
-    def measured(self, tenant: str, entries: Iterable[SessionEntry]) -> None:
-        """All sessions of the tenant, as the index has them now."""
-        usage = self._of(tenant)
-        usage.sessions = usage.stored_bytes = 0
-        for entry in entries:
-            usage.sessions += 1
-            usage.stored_bytes += entry.stored_bytes
+    def measured(self, tenant: str, found: Holdings, age_seconds: float = 0.0) -> None:
+        """All sessions of the tenant, as the index had them so long ago."""
+        usage, since = self._of(tenant), self._clock() - age_seconds
+        added = [each for each in usage.added if each.at > since]
+        usage.sessions = found.sessions + sum(each.sessions for each in added)
+        usage.stored_bytes = found.stored_bytes + sum(each.stored_bytes for each in added)
 
     def session_refusal(self, tenant: str) -> ResourceExhausted | None:
         """Why one more session is too many, if it is."""
@@ -64,7 +78,7 @@ class Quotas:
         return None
 
     def created(self, tenant: str) -> None:
-        self._of(tenant).sessions += 1
+        self._add(tenant, sessions=1)
 
     def received(self, tenant: str, sent_bytes: int) -> None:
         """An append of so many bytes was admitted."""
@@ -72,7 +86,15 @@ class Quotas:
             self._of(tenant).rate_debt_bytes += sent_bytes
 
     def stored(self, tenant: str, stored_bytes: int) -> None:
-        self._of(tenant).stored_bytes += stored_bytes
+        self._add(tenant, stored_bytes=stored_bytes)
+
+    def _add(self, tenant: str, *, sessions: int = 0, stored_bytes: int = 0) -> None:
+        usage, now = self._of(tenant), self._clock()
+        usage.sessions += sessions
+        usage.stored_bytes += stored_bytes
+        usage.added.append(Added(now, sessions, stored_bytes))
+        while usage.added[0].at < now - self._remembered_seconds:
+            usage.added.popleft()
 
     def _of(self, tenant: str) -> Usage:
         return self._usage.setdefault(tenant, Usage(paid_at=self._clock()))

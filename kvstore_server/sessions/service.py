@@ -68,7 +68,7 @@ class SessionService:
         )
         self._freshness = Freshness(index, self.registry)
         self.expiry = Expiry(self.registry, self._indexing)
-        quotas = Quotas(settings.quota_of)
+        quotas = Quotas(settings.quota_of, 2 * settings.sweep_seconds)  # a census is taken in one, and kept for one
         cooling = Cooling(
             store,
             self.registry,

@@ -17,6 +17,10 @@ ROWS: list[tuple[str, str]] = []
 BEGUN = time.monotonic()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cuda-image", action="store_true", help="build the image for GPUs, too, and look at it")
+
+
 def progress(text: str) -> None:
     print(f"{time.monotonic() - BEGUN:6.0f} s  {text}", flush=True)
 

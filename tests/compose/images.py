@@ -51,6 +51,12 @@ def torch_wheels() -> list[Path]:
     return [wheel for folder in folders for wheel in folder.glob("torch-*.whl")]
 
 
+def layers(image: str) -> tuple[int, str]:
+    """Bytes of its layer of code, and what it has over its base, in words."""
+    code, dependencies = map(int, docker("history", "--human=false", "--format={{.Size}}", image).split()[:2])
+    return code, f"{dependencies / 1e6:,.0f} MB of dependencies and {code / 1e6:.1f} MB of code over its base"
+
+
 def build_standins(images: dict[str, str], progress: Callable[[str], None]) -> None:
     """`images`: of each service of the stack. One is built for each that is not the repository's own."""
     context = FOLDER / "context"

@@ -19,6 +19,7 @@ from ..monitoring.promql import read_by
 from ..monitoring.test_dashboards import exercise, expressions
 from ..monitoring.test_prometheus import ask
 from .daemon import docker
+from .images import layers
 from .loopback import REPLICAS
 from .stack import Stack, images, kill, service, until
 
@@ -47,11 +48,9 @@ def stack(private_docker: None, tell: Tell) -> Iterator[Stack]:
 def test_the_image_is_little_more_than_what_it_needs(stack: Stack, tell: Tell) -> None:
     """Apart from torch and numba: the code is a layer of its own, so that a change of it sends no more than that."""
     name = images(stack)["kvstore"]
-    layers = [int(size) for size in docker("history", "--human=false", "--format={{.Size}}", name).split()]
-    assert layers[0] < CODE_BYTES_MAX
-    tell(
-        f"image {name}", f"{layers[1] / 1e6:,.0f} MB of dependencies and {layers[0] / 1e6:.1f} MB of code over its base"
-    )
+    code_bytes, found = layers(name)
+    assert code_bytes < CODE_BYTES_MAX
+    tell(f"image {name}", found)
 
 
 def test_every_service_is_healthy_and_has_no_more_rights_than_it_needs(stack: Stack, tell: Tell) -> None:

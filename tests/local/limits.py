@@ -8,12 +8,13 @@ from kvstore_codecs.named import codec_named, shape_named
 from kvstore_codecs.size import bytes_per_token
 from kvstore_server.config import Settings
 from kvstore_server.monitoring.roll import PERIOD_SECONDS
+from kvstore_server.sessions.maintenance import SWEEPS
 
-from .work import APPEND, CHANGE, IDLE, LIST, PAGE_SESSIONS, READ, SET, USE, Work
+from .work import APPEND, CENSUS, CHANGE, IDLE, LIST, PAGE_SESSIONS, READ, SET, USE, Work
 
 PREFIX_WRITES_MAX, PREFIX_READS_MAX = 3_500.0, 5_500.0
 """Requests a second that Amazon S3 promises for each prefix (its user guide, "Best practices design patterns")."""
-SWEEP_SECONDS = 0.75 * Settings.model_fields["sweep_seconds"].default
+SWEEP_SECONDS = 0.75 * Settings.model_fields["sweep_seconds"].default / SWEEPS
 """Between a replica's sweeps, on average."""
 ROLL_COMMANDS = 2 / PERIOD_SECONDS
 """A second, of each replica: it says that it lives and asks who else does."""
@@ -64,18 +65,21 @@ class Demand:
 def demand(work: Mapping[str, Work], ceilings: Mapping[str, float], replica: Replica, replicas: int) -> Demand:
     """Attends ask nothing of Redis, and of the store what `a second of a session in use` says.
 
-    A sweep of each replica lists all sessions, so this part of Redis's work grows with the square of the replicas.
+    At its sweep each replica tells of the sessions in use and reads the census; one of them lists all sessions.
     """
     append, used, idle = work[APPEND], work[USE], work[IDLE]
     appends, in_use = replicas * replica.appends, replicas * replica.in_use
-    sweeps, pages = replicas / SWEEP_SECONDS, replicas * replica.stored / PAGE_SESSIONS
-    rolls = replicas * ROLL_COMMANDS
+    sweeps, pages = replicas / SWEEP_SECONDS, replicas * replica.stored / PAGE_SESSIONS / SWEEP_SECONDS
+    small = replicas * ROLL_COMMANDS + in_use / SWEEP_SECONDS
     return Demand(
         replicas=replicas,
         attends=replicas * replica.attends,
         appends=appends,
-        redis_requests=appends * append.scripts + sweeps * (ceil(pages) + 1) + rolls,
-        redis_busy=appends * append_seconds(work, ceilings) + sweeps * pages / ceilings[LIST] + rolls / ceilings[SET],
+        redis_requests=appends * append.scripts + sweeps + pages + small,
+        redis_busy=appends * append_seconds(work, ceilings)
+        + sweeps / ceilings[CENSUS]
+        + pages / ceilings[LIST]
+        + small / ceilings[SET],
         store_writes=appends * append.puts,
         store_reads=appends * append.reads + in_use * used.reads + replicas * idle.reads,
         store_bytes=appends * replica.append_tokens * bytes_per_token(codec_named(CODEC), shape_named(MODEL)),

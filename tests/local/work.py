@@ -15,7 +15,9 @@ from redis import Redis
 from kvstore_client import AsyncKVStoreClient, Session
 from kvstore_codecs.named import shape_named
 from kvstore_server.metadata.keys import key
-from kvstore_server.metadata.scripts import PAGE, STATE, SWAP
+from kvstore_server.metadata.redis import CENSUS_BYTES_MAX
+from kvstore_server.metadata.scripts import PAGE, READ_CENSUS, STATE, SWAP
+from kvstore_server.sessions.maintenance import LARGEST
 from kvstore_server.sessions.maintenance import PAGE as PAGE_SESSIONS
 
 from .stack import REDIS_USER, Stack
@@ -32,11 +34,12 @@ USE, APPEND_ONE, DELETE = "a second of a session in use", "append 1 token", "del
 MERGE = f"merge {SMALL_APPENDS} objects"
 BENCHMARK_REQUESTS, BENCHMARK_CLIENTS = 50_000, 32
 SET, READ, CHANGE = "SET", "script that reads an entry", "script that changes it"
+CENSUS = "script that reads the census"
 LIST = f"script that lists {PAGE_SESSIONS:,} sessions"
 OWN = {"info", "auth", "hello", "client", "ping"}
 """Commands of this measurement and of connections, not of operations."""
 ENTRY_BYTES = 320
-"""About what an entry of a session takes as JSON."""
+"""About what an entry of a session takes as JSON; a census is mostly such entries."""
 
 
 @dataclass(frozen=True)
@@ -125,16 +128,18 @@ async def measured(stack: Stack) -> list[Work]:
 
 
 def redis_ceilings(stack: Stack) -> dict[str, float]:
-    """Requests a second by redis-benchmark: of a plain SET, of the scripts of an append, of a page of a sweep."""
+    """Requests a second by redis-benchmark: of a plain SET, of the scripts of an append, of those of a sweep."""
     redis, keys = connected(stack), [key("bench", part) for part in ("sessions", "names", "used", "removed")]
     value = "x" * ENTRY_BYTES
-    state, swap, page = (str(redis.script_load(script)) for script in (STATE, SWAP, PAGE))
+    state, swap, page, census = (str(redis.script_load(script)) for script in (STATE, SWAP, PAGE, READ_CENSUS))
+    redis.set(key("bench", "census"), value * LARGEST, ex=3600)
     for number in range(PAGE_SESSIONS):
         redis.evalsha(swap, 4, *keys, f"s{number}", "", "", value, "1", "", "1")
     commands = {
         SET: ("set", key("bench", "plain"), value),
         READ: ("evalsha", state, "4", *keys, "s0"),
         CHANGE: ("evalsha", swap, "4", *keys, "s0", value, "", value, "1", "", "1"),
+        CENSUS: ("evalsha", census, "1", key("bench", "census"), str(CENSUS_BYTES_MAX)),
         LIST: ("evalsha", page, "3", *keys[:3], "[", "[\xff", "0", str(PAGE_SESSIONS)),
     }
     return {name: _benchmarked(stack, command) for name, command in commands.items()}

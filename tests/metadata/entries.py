@@ -1,6 +1,6 @@
 from typing import Any
 
-from kvstore_server.metadata.index import SessionEntry
+from kvstore_server.metadata.index import Census, Holdings, SessionEntry
 
 
 def entry(name: str = "a", generation: int = 1, length: int = 10, **fields: Any) -> SessionEntry:
@@ -20,3 +20,9 @@ def entry(name: str = "a", generation: int = 1, length: int = 10, **fields: Any)
             **fields,
         }
     )
+
+
+def census(**fields: Any) -> Census:
+    tenants = {name: Holdings.of([entry(), entry("b", length=5)]) for name in ("default", "other")}
+    made = {"taken_by": "one", "age_seconds": 2.0, "kept_seconds": 60.0, "tenants": tenants, "largest": (entry(),)}
+    return Census(**{**made, **fields})

@@ -5,9 +5,16 @@ import random
 
 import pytest
 
-from kvstore_server.metadata.index import PREFIX_CANDIDATES, Index, Notice, PrefixEntry, ReplicaEntry
+from kvstore_server.metadata.index import (
+    PREFIX_CANDIDATES,
+    Holdings,
+    Index,
+    Notice,
+    PrefixEntry,
+    ReplicaEntry,
+)
 
-from .entries import entry
+from .entries import census, entry
 
 
 async def names(index: Index, **query: object) -> list[str]:
@@ -204,3 +211,23 @@ async def test_servers_that_were_not_seen_for_long_are_forgotten(index: Index) -
     assert await index.replicas() == [replica("a:1", 5000.0)]
     await index.clear()
     assert list(await index.replicas()) == []
+
+
+async def test_the_census_that_was_put_last_comes_back_older(index: Index) -> None:
+    assert await index.census() is None
+    await index.put_census(census(taken_by="another", tenants={}))
+    await index.put_census(census())
+    await asyncio.sleep(0.1)
+    found = await index.census()
+    assert found
+    assert 2.1 <= found.age_seconds < 30
+    assert found == census(age_seconds=found.age_seconds)
+    assert found.total == Holdings(sessions=4, tokens=30, stored_bytes=3000, raw_bytes=12000)
+    await index.clear()
+    assert await index.census() is None
+
+
+async def test_a_census_is_kept_for_its_time(index: Index) -> None:
+    await index.put_census(census(kept_seconds=0.1))
+    await asyncio.sleep(0.2)
+    assert await index.census() is None

@@ -12,11 +12,11 @@ from redis.asyncio import Redis
 from kvstore_server.errors import Unavailable
 from kvstore_server.metadata import redis as redis_module
 from kvstore_server.metadata.index import Notice
-from kvstore_server.metadata.keys import NOTICES, REPLICAS, key
+from kvstore_server.metadata.keys import CENSUS, NOTICES, REPLICAS, key
 from kvstore_server.metadata.redis import RedisIndex
 
 from ..redis_server import RedisServer
-from .entries import entry
+from .entries import census, entry
 
 ENTRY = entry().model_dump(mode="json")
 FOREIGN_VALUES = [
@@ -39,6 +39,7 @@ FOREIGN_VALUES = [
 ]
 
 
+CENSUS_TEXT = census().model_dump_json()
 NOTICE = '{"tenant":"default","session":"a","generation":"1","length":1}'
 
 
@@ -121,6 +122,8 @@ async def calls(index: RedisIndex) -> list[str]:
         index.list("default", limit=1),
         index.touch("default", "a", 1.0),
         index.publish(notice),
+        index.put_census(census()),
+        index.census(),
         index.ping(),
         index.clear(),
         index.subscribe().__aenter__(),
@@ -139,8 +142,8 @@ async def test_a_lost_server_is_unavailable_at_once_and_found_again(
     await redis_index.put(entry())
     own_server.stop()
     began = time.monotonic()
-    assert await calls(redis_index) == ["INDEX_UNAVAILABLE"] * 9
-    assert time.monotonic() - began < 9 * 0.5 + 1
+    assert await calls(redis_index) == ["INDEX_UNAVAILABLE"] * 11
+    assert time.monotonic() - began < 11 * 0.5 + 1
     own_server.start()
     assert await redis_index.get("default", "a") is None
     assert await redis_index.put(entry())
@@ -218,3 +221,33 @@ async def test_a_malformed_server_is_absent_and_forgotten(redis_index: RedisInde
     assert await redis_index.replicas() == []
     assert redis_index.malformed == 1
     assert await raw.hgetall(REPLICAS) == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("{}", 10),
+        (CENSUS_TEXT.replace('"sessions":2', '"sessions":-2'), 10),
+        (CENSUS_TEXT, None),  # for ever
+        (CENSUS_TEXT, 3600),  # longer than it says: the clock went back
+    ],
+)
+async def test_a_malformed_census_is_absent_and_gives_way(
+    redis_index: RedisIndex, raw: Redis, value: str, seconds: int | None
+) -> None:
+    await raw.set(CENSUS, value, ex=seconds)
+    assert await redis_index.census() is None
+    assert redis_index.malformed == 1
+    await redis_index.put_census(census())
+    assert await redis_index.census()
+
+
+async def test_a_census_of_another_type_or_length_is_absent_and_gives_way(
+    redis_index: RedisIndex, raw: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await raw.hset(CENSUS, "a", "b")
+    assert await redis_index.census() is None
+    await redis_index.put_census(census())
+    assert await redis_index.census()
+    monkeypatch.setattr(redis_module, "CENSUS_BYTES_MAX", len(CENSUS_TEXT) - 1)
+    assert await redis_index.census() is None

@@ -15,7 +15,7 @@ from kvstore_server.metadata.redis import RedisIndex
 from ..project_rules import ROOT
 from ..redis_server import running
 from .conftest import SERVERS, binary
-from .entries import entry
+from .entries import census, entry
 
 
 @pytest.fixture
@@ -50,6 +50,8 @@ async def test_the_index_works_as_that_user_and_no_other_key_can_be_read(secrets
             ReplicaEntry(name="a:1", version="1", device="cpu", state="serving", seen_unix_seconds=1.0)
         )
         assert len(await index.replicas()) == 1
+        await index.put_census(census())
+        assert await index.census()
         await index.remove("default", "book", f"{1:012d}")
         await index.clear()
         await index.close()

@@ -3,10 +3,13 @@ from collections.abc import Callable
 import pytest
 
 from kvstore_server.errors import ResourceExhausted
+from kvstore_server.metadata.index import Holdings
 from kvstore_server.sessions.quotas import Quotas
 from kvstore_server.tenants import Quota
 
 from ..metadata.entries import entry
+
+REMEMBERED = 30.0
 
 
 class Clock:
@@ -25,15 +28,15 @@ def facts(refusal: ResourceExhausted | None) -> tuple[str, str] | None:
 
 
 def test_without_a_quota_nothing_is_refused() -> None:
-    quotas = Quotas(each_has(Quota()))
+    quotas = Quotas(each_has(Quota()), REMEMBERED)
     quotas.received("a", 1 << 60)
     quotas.stored("a", 1 << 60)
     assert quotas.append_refusal("a") is quotas.session_refusal("a") is None
 
 
 def test_what_the_index_tells_and_what_came_since_count_together() -> None:
-    quotas = Quotas(each_has(Quota(sessions_max=3, stored_bytes_max=2500)))
-    quotas.measured("a", [entry("x"), entry("y")])  # 1,000 bytes each
+    quotas = Quotas(each_has(Quota(sessions_max=3, stored_bytes_max=2500)), REMEMBERED)
+    quotas.measured("a", Holdings.of([entry("x"), entry("y")]))  # 1,000 bytes each
     quotas.stored("a", 499)
     assert quotas.append_refusal("a") is quotas.session_refusal("a") is None
     quotas.stored("a", 1)
@@ -41,12 +44,34 @@ def test_what_the_index_tells_and_what_came_since_count_together() -> None:
     assert facts(quotas.append_refusal("a")) == ("QUOTA", "stored_bytes_max")
     assert facts(quotas.session_refusal("a")) == ("QUOTA", "sessions_max")
     assert quotas.append_refusal("b") is quotas.session_refusal("b") is None
-    quotas.measured("a", [entry("x")])
+    quotas.measured("a", Holdings.of([entry("x")]))
     assert quotas.append_refusal("a") is quotas.session_refusal("a") is None
 
 
+def test_what_came_in_since_an_older_count_is_added_and_what_came_before_is_not() -> None:
+    clock = Clock()
+    quotas = Quotas(each_has(Quota(stored_bytes_max=1000)), REMEMBERED, clock)
+    for _ in range(3):
+        clock.now += 10
+        quotas.stored("a", 300)
+    for stored, age_seconds, is_full in ((400, 11, True), (399, 11, False), (700, 1, True), (999, 0, False)):
+        quotas.measured("a", Holdings(sessions=1, stored_bytes=stored), age_seconds)
+        assert (quotas.append_refusal("a") is not None) == is_full
+
+
+def test_what_was_added_is_not_remembered_for_ever() -> None:
+    clock = Clock()
+    quotas = Quotas(each_has(Quota(stored_bytes_max=int(REMEMBERED) + 2)), REMEMBERED, clock)
+    for _ in range(1000):
+        clock.now += 1
+        quotas.stored("a", 1)
+    assert quotas.append_refusal("a")
+    quotas.measured("a", Holdings(), age_seconds=1e9)
+    assert not quotas.append_refusal("a")
+
+
 def test_a_tenant_may_have_a_quota_of_its_own() -> None:
-    quotas = Quotas({"a": Quota(sessions_max=1), "b": Quota()}.__getitem__)
+    quotas = Quotas({"a": Quota(sessions_max=1), "b": Quota()}.__getitem__, REMEMBERED)
     for tenant in ("a", "b"):
         quotas.created(tenant)
     assert facts(quotas.session_refusal("a")) == ("QUOTA", "sessions_max")
@@ -56,7 +81,7 @@ def test_a_tenant_may_have_a_quota_of_its_own() -> None:
 @pytest.mark.parametrize("size", [10, 1000, 100_000])
 def test_appends_of_any_size_come_at_the_rate_on_average(size: int) -> None:
     clock = Clock()
-    quotas = Quotas(each_has(Quota(append_bytes_per_second_max=1000)), clock)
+    quotas = Quotas(each_has(Quota(append_bytes_per_second_max=1000)), REMEMBERED, clock)
     admitted = 0
     while clock.now < 1100:
         refusal = quotas.append_refusal("a")
