@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..project_rules import ROOT
-from .stack import Plan, Stack
+from .stack import Part, Plan, Stack
 
 FOLDER = ROOT / ".venv" / "local"
 """Of the stack that is up: settings, logs, `parts.json` once all are ready. It is removed with it."""
@@ -129,8 +129,7 @@ def _holder() -> int | None:
 
 
 def _list(stack: Stack) -> None:
-    parts = stack.parts()
-    (FOLDER / "parts.json").write_text(json.dumps([asdict(part) for part in parts]))
+    _write(parts := stack.parts())
     table = Table(box=None)
     for name in ("", "address", "pid", ""):
         table.add_column(name, justify="right" if name == "pid" else "left")
@@ -139,13 +138,20 @@ def _list(stack: Stack) -> None:
     console.print(table)
 
 
+def _write(parts: list[Part]) -> None:
+    """At once, for whoever reads it meanwhile."""
+    new = FOLDER / "parts.new"
+    new.write_text(json.dumps([asdict(part) for part in parts]))
+    new.replace(FOLDER / "parts.json")
+
+
 def _watch(stack: Stack, stop: threading.Event) -> None:
     """Until `stop`. Replicas that end are started again, as compose does; RuntimeError when that is in vain."""
     restarts = 0
     while not stop.wait(LOOK_SECONDS):
         if stack.restart_what_died():
             restarts += 1
-            (FOLDER / "parts.json").write_text(json.dumps([asdict(part) for part in stack.parts()]))
+            _write(stack.parts())
         if restarts > RESTARTS_MAX:
             raise RuntimeError(f"replicas have ended {restarts} times")
 
