@@ -26,7 +26,8 @@ def attend(asked: attention.Pass, items: list[Any]) -> Any:
 
 
 def slow_down() -> None:
-    attention.top_k, attention.Pass.run = top_k, attend
+    attention.top_k = top_k
+    attention.Pass.run = attend  # pyright: ignore[reportAttributeAccessIssue]
     if os.environ.get("ADMIT_ALL"):  # the bug that the test of overload must find
         Turns.check = lambda self, deadline: None
 
