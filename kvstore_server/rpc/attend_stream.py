@@ -189,7 +189,9 @@ class AttendStream:
             self._idle.clear()
             self._begin(flying, step, data, deadline)
         except Exception as error:
-            if size is not None and (flying := self._taken(step.request_id)) is not None:
+            if size is not None:
+                if (flying := self._taken(step.request_id)) is None:
+                    return  # it was answered with an error of the device
                 flying.cancel()
             self._outbox.put(self._refusal(step.request_id, error, begun), size)
 
@@ -197,11 +199,12 @@ class AttendStream:
         """Asks for the answers of all items; only those of sessions that are not loaded need a task."""
         items, shape = step.items, tuple(step.q.shape)
         if len(items) == 1 and (known := self._known.get(_asked(step, items[0], shape))) is not None:
-            q = convert.floats_from(data, known.dtype, known.shape, "step.q")
+            q = convert.read_floats(data, known.dtype, known.shape, "step.q")
             tell = partial(self._told, flying, 0)
             told = self._querying.attend_prepared(self._tenant, known.prepared, q, deadline, tell)
             if told is not None:
                 flying.parts.append(told)
+                convert.check_finite(q, "step.q")  # while the device is busy with it
                 return
         convert.chosen(convert.LSE_FACTORS, step.lse_base, "step.lse_base")
         q = convert.host_from(step.q, "step.q", dims=3)
@@ -272,14 +275,16 @@ class AttendStream:
                 f"{step.timeout_ms} is outside [1, {limits.deadline_seconds_max * 1000}]",
                 limit=limits.deadline_seconds_max * 1000,
             )
-        for what, now, limit in (
-            ("attend_inflight_steps_max", len(self._steps), limits.attend_inflight_steps_max),
-            ("attend_inflight_bytes_max", self._bytes, limits.attend_inflight_bytes_max),
-        ):
-            if now >= limit:
-                text = f"{what} {limit} are in flight on this stream"
-                raise ResourceExhausted("BUSY", text, STEP_RETRY_SECONDS, bound=what, limit=limit)
+        if len(self._steps) >= limits.attend_inflight_steps_max:
+            raise self._full("attend_inflight_steps_max", limits.attend_inflight_steps_max)
+        if self._bytes >= limits.attend_inflight_bytes_max:
+            raise self._full("attend_inflight_bytes_max", limits.attend_inflight_bytes_max)
         self._turns.check(deadline)
+
+    @staticmethod
+    def _full(what: str, limit: int) -> ResourceExhausted:
+        text = f"{what} {limit} are in flight on this stream"
+        return ResourceExhausted("BUSY", text, STEP_RETRY_SECONDS, bound=what, limit=limit)
 
     def _told(self, flying: StepInFlight, place: int, answer: AttendAnswer | None, error: BaseException | None) -> None:
         """One item of a step was answered."""

@@ -81,19 +81,24 @@ def host_from(message: pb.Tensor, field: str, dims: int) -> HostArray:
         raise InvalidArgument(f"{field}.dtype", "must be float32, float16 or bfloat16")
     if len(shape) != dims or min(shape) < 1 or max(shape) > 2**31:
         raise InvalidArgument(f"{field}.shape", f"{list(shape[:8])} does not have {dims} positive dimensions")
-    return floats_from(message.data, DTYPES[number], shape, field)
+    host = read_floats(message.data, DTYPES[number], shape, field)
+    check_finite(host, field)
+    return host
 
 
-def floats_from(data: bytes, dtype: torch.dtype, shape: tuple[int, ...], field: str) -> HostArray:
-    """That, of a message whose other fields are known to be good."""
+def read_floats(data: bytes, dtype: torch.dtype, shape: tuple[int, ...], field: str) -> HostArray:
+    """That, of a message whose other fields are known to be good; NaN and Inf are not looked for."""
     size = prod(shape) * dtype.itemsize
     if len(data) != size:
         raise InvalidArgument(f"{field}.data", f"{len(data)} bytes instead of {size}")
-    exponent, lowest = EXPONENTS[dtype]
-    bits = np.frombuffer(data, exponent.dtype)
-    if np.bitwise_or.reduce((bits & exponent) + lowest) > exponent:
-        raise InvalidArgument(field, "holds NaN or Inf")
     return HostArray.read(data, dtype, shape)
+
+
+def check_finite(host: HostArray, field: str) -> None:
+    exponent, lowest = EXPONENTS[host.dtype]
+    bits = host.array.view(exponent.dtype)
+    if np.bitwise_or.reduce((bits & exponent) + lowest, axis=None) > exponent:
+        raise InvalidArgument(field, "holds NaN or Inf")
 
 
 def tensor_to(tensor: Tensor) -> pb.Tensor:

@@ -267,8 +267,9 @@ class Engine:
 
     def _begin_next(self) -> None:
         """Launches what has come meanwhile, or has the device thread do it."""
+        if not (lane := self._lanes["query"]):
+            return
         with self._wake:
-            lane = self._lanes["query"]
             if not lane:
                 return
             if lane.first().at_once is None:

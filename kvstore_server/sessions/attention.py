@@ -108,17 +108,19 @@ class Pass(NamedTuple):
         fetch = _begin(device, prefix, q, blocks, noise, self.debias)
         return Later(lambda: _answers(prefix, items, _on_host(fetch()), blocks.kept))
 
+    def repeats(self) -> bool:
+        """Whether a device may have only to repeat what it did before."""
+        return self.device.memory is not None and not self.prefix.refine and not _is_projected(self.prefix)
+
     def again(self, items: list[Item]) -> Later[list[AttendAnswer]] | None:
-        """As `run`, if the device has only to repeat what it did before; None otherwise."""
-        device, prefix = self.device, self.prefix
-        if device.memory is None or prefix.refine or _is_projected(prefix):
-            return None
-        blocks = device.memory.at_hand(prefix.resident, prefix.layer, 0, prefix.end, _levels_of(prefix.precision))
+        """As `run`, of a pass that `repeats`, if that is all the device has to do; None otherwise."""
+        prefix, memory = self.prefix, self.device.memory
+        assert memory is not None
+        blocks = memory.at_hand(prefix.resident, prefix.layer, 0, prefix.end, _levels_of(prefix.precision))
         if blocks is None or NOISE not in blocks.kept:
             return None
-        q, kept = [item.q for item in items], blocks.kept
-        scores = {**_logit_scale(prefix), "debias": self.debias}
-        fetch = device.backend.attend_again(q, **scores, noise=kept[NOISE], kept=kept)
+        q, kept, scale = [item.q for item in items], blocks.kept, _logit_scale(prefix)
+        fetch = self.device.backend.attend_again(q, **scale, debias=self.debias, noise=kept[NOISE], kept=kept)
         return None if fetch is None else Later(lambda: _answers(prefix, items, fetch.host(), kept), fetch.ready)
 
 
@@ -257,17 +259,17 @@ def _fidelities(
         kept[WORTH] = _worth(prefix)
     worth, first = kept[WORTH], 0
     if variances is None:
-        return [Fidelity(*worth)] * len(callers)
+        return [worth] * len(callers)
     found = list[Fidelity]()
     for count, heads in callers:  # a few numbers, for which tensors would take longer
         own = [variance for row in variances[first : first + count] for variance in row[heads]]
-        found.append(Fidelity(*worth, prefix.resident.shape.sm_scale * sqrt(sum(own) / len(own))))
+        found.append(worth._replace(score_stderr=prefix.resident.shape.sm_scale * sqrt(sum(own) / len(own))))
         first += count
     return found
 
 
-def _worth(prefix: Prefix) -> tuple[str, str, Precision, bool, int]:
-    """What a prefix's answers say of themselves whatever q is, in Fidelity's order."""
+def _worth(prefix: Prefix) -> Fidelity:
+    """What a prefix's answers say of themselves whatever q is."""
     resident, layer = prefix.resident, prefix.layer
     keys, values = resident.plan_of(layer, "keys"), resident.plan_of(layer, "values")
     sketched = resident.exact_end is not None and prefix.end > resident.exact_end
@@ -277,7 +279,7 @@ def _worth(prefix: Prefix) -> tuple[str, str, Precision, bool, int]:
     codec, calibrated = resident.facts["codec", layer]
     exact = not sketched or keys.widths is values.widths is None
     beyond = 0 if exact else max(0, prefix.end - max(calibrated, resident.exact_end or 0))
-    return codec, "" if resident.plan is None else resident.plan.fingerprint, precision, exact, beyond
+    return Fidelity(codec, "" if resident.plan is None else resident.plan.fingerprint, precision, exact, beyond)
 
 
 def _codec(resident: ResidentSession, layer: int) -> tuple[str, int]:

@@ -81,6 +81,7 @@ class Prepared:
     floor: Floor
     debias: float
     heads: slice
+    repeats: bool
     key: Hashable
     """Of what one pass answers."""
 
@@ -152,9 +153,16 @@ class Querying:
             raise InvalidArgument("debias", f"{debias} is outside [0, 1]")
         share = attention.debias_of(resident, query.layer, debias)
         key = prefix.key, share, query.q.dtype
-        heads = self._asked_heads(query)
         return Prepared(
-            query, weakref.ref(live), weakref.ref(resident), prefix.precision, prefix.floor, share, heads, key
+            query,
+            weakref.ref(live),
+            weakref.ref(resident),
+            prefix.precision,
+            prefix.floor,
+            share,
+            self._asked_heads(query),
+            attention.Pass(self._device, prefix, share).repeats(),
+            key,
         )
 
     def _attend(
@@ -171,7 +179,7 @@ class Querying:
         asked = attention.Pass(self._device, prefix, prepared.debias)
         if heads.stop - heads.start < resident.shape.query_heads:
             q = HostArray.of(attention.full_heads(q.tensor(), heads.start, resident.shape.query_heads))
-        again = None if self._device.memory is None else asked.again
+        again = asked.again if prepared.repeats else None
         item = attention.Item(q, heads, live)
         self._engine.tell_together(
             Work(live.state.tenant, item, asked.run, prepared.key, deadline, answered, monotonic(), again)

@@ -75,7 +75,7 @@ async def test_one_step_carries_rows_of_several_sessions(call: Any) -> None:
 async def test_items_before_one_that_is_refused_are_not_answered_for_nobody(
     call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun: list[asyncio.Future[Any]] = []
+    begun: list[Any] = []
     answer_of = AttendStream._answer_of  # pyright: ignore[reportPrivateUsage]
 
     def noted(self: AttendStream, *arguments: Any) -> Any:

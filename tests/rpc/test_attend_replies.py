@@ -12,9 +12,9 @@ from kvstore_server.sessions.model import AttendAnswer, Fidelity, Precision
 
 
 def answer(rows: int, dtype: torch.dtype, error: float, length: int = 300) -> AttendAnswer:
-    state = torch.randn(rows, 4, 8).to(dtype), torch.randn(rows, 4)
+    out, lse = HostArray.of(torch.randn(rows, 4, 8).to(dtype)), HostArray.of(torch.randn(rows, 4))
     fidelity = Fidelity("rotated", "f" * 64, Precision(1, 2), False, 7, error)
-    return AttendAnswer(*map(HostArray.of, state), "01", length, fidelity)
+    return AttendAnswer(out, lse, "01", length, fidelity)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

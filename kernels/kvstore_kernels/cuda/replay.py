@@ -61,14 +61,14 @@ class Pinned:
         self.tensor = tensor
         host = HostArray.of(tensor)
         self._dtype, self._rows_of = host.array.dtype, host.array.shape[1:]
-        self._bytes = memoryview(host.array).cast("B")
+        self._bytes = host.array.data.cast("B")
         self._row_bytes = len(self._bytes) // len(tensor)
 
     def fill(self, parts: Sequence[HostArray]) -> None:
         """The first rows."""
         end = 0
         for part in parts:
-            data = memoryview(part.array).cast("B")
+            data = part.array.data.cast("B")
             begin, end = end, end + len(data)
             self._bytes[begin:end] = data
 
