@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 RESUMES_MAX = 8
 """How often one append may be sent back to an earlier length; a server that keeps doing so is broken."""
 
-
-PIECES_AHEAD = 2
-"""Pieces under way besides the one that is awaited: while it is committed, one is on the wire and one is encoded."""
+PIECES_AHEAD, ENCODED_AHEAD = 2, 3
+"""Pieces under way besides the one that is awaited, of vectors and of sketches: while it is committed, the next are
+written ahead by the server, on the wire, and encoded."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Way:
     encode: bool
     chain: TokenChain | None
     timeout: float
-    ahead: int = PIECES_AHEAD
+    ahead: bool = True
+    """Before the pieces that it follows are acknowledged."""
 
 
 class Turn:
@@ -72,7 +73,7 @@ class Appender:
                             self.length = max(self.length, position)
                 except OutOfRange as error:
                     if way.ahead and position > begun:  # sent ahead to a server that does not know of the one before
-                        way = replace(way, ahead=0)
+                        way = replace(way, ahead=False)
                         continue
                     resumes += 1
                     if error.length is None or not first <= error.length < position or resumes > RESUMES_MAX:
@@ -105,8 +106,9 @@ class Appender:
         """Pieces; none while it is not known yet whether the next piece will be encoded."""
         if way.encode and first:
             await self._ready_sketcher(way.timeout)
-        undecided = way.encode and self._encodes and self._sketcher is None
-        return 0 if undecided else way.ahead
+        if not way.ahead or (way.encode and self._encodes and self._sketcher is None):
+            return 0
+        return ENCODED_AHEAD if way.encode and self._encodes else PIECES_AHEAD
 
     async def _piece_tokens(self, timeout: float) -> int:
         """Tokens of one atomic append; the same for every append, so that a repeated one is cut the same way."""

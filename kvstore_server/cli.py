@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 CaOption = Annotated[Path | None, typer.Option(help="Who signs for it, if it has TLS", envvar="KVSTORE_TLS_CA_FILE")]
 ServerNameOption = Annotated[str | None, typer.Option(help="In its certificate", envvar="KVSTORE_TLS_SERVER_NAME")]
 
+PINNING = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
+"""Rows join those in memory faster: one thread alone takes 0.4 ms to pin a MB."""
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -87,6 +90,8 @@ def serve(
     """Run a server until SIGTERM, then drain."""
     for number in (signal.SIGTERM, signal.SIGINT):  # until it serves there is nothing to drain
         signal.signal(number, lambda *_: os._exit(0))
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # read when torch is imported, which is below
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", PINNING)
     import uvloop  # answers more calls a second than asyncio's own loop
 
     from kvstore_server.app import redactor
