@@ -161,7 +161,7 @@ class Handlers:
         self,
         context: grpc.aio.ServicerContext,
         call: "CallInProgress",
-        responses: AsyncGenerator[Message | bytes],
+        responses: AsyncGenerator[Message],
         nothing: Callable[[], Message],
     ) -> None:
         """A client that does not read must not hold its place for ever."""

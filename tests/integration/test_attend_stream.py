@@ -120,6 +120,20 @@ async def test_an_error_answers_its_step_and_the_stream_goes_on(
     assert (await ask(call, step(6, (1, 8, 1)))).HasField("result")
 
 
+async def test_a_step_that_asks_the_same_again_is_still_looked_at_for_what_is_not_finite(call: Any) -> None:
+    await ask(call, bind(1, "a"))
+    for request_id in (1, 2):
+        assert (await ask(call, step(request_id, (1, 8, 1)))).HasField("result")
+    bad = step(3, (1, 8, 1))
+    bad.step.q.data = torch.full((1, 2, 32), torch.nan).numpy().tobytes()
+    refused = await ask(call, bad)
+    assert (refused.request_id, refused.error.code) == (3, grpc.StatusCode.INVALID_ARGUMENT.value[0])
+    bad.step.q.data = b"short"
+    assert (await ask(call, bad)).error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    good = await ask(call, step(4, (1, 8, 1)))
+    assert (good.request_id, good.HasField("result")) == (4, True), "each was answered once"
+
+
 async def test_handles_on_one_stream_are_bounded(call: Any) -> None:
     for handle in range(3):
         assert (await ask(call, bind(handle, "a"))).HasField("bound")

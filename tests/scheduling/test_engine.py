@@ -8,8 +8,8 @@ from time import monotonic
 import pytest
 
 from kvstore_server.errors import DeadlineExceeded, ResourceExhausted, Unavailable
-from kvstore_server.scheduling.completion import Later
-from kvstore_server.scheduling.engine import TOGETHER_MAX, Engine, Lane
+from kvstore_server.scheduling.completion import Later, Told
+from kvstore_server.scheduling.engine import TOGETHER_MAX, Engine, Lane, Work
 
 
 @pytest.fixture
@@ -297,3 +297,30 @@ async def test_the_late_and_the_cancelled_are_not_launched_with_the_next(engine:
     device.finish()
     assert await good == 4
     assert device.launched[2][0] == [4]
+
+
+async def test_who_is_told_hears_once_or_never_and_disturbs_nobody(engine: Engine) -> None:
+    device, heard, loop = Replaying(), list[object](), asyncio.get_running_loop()
+    failures = list[dict[str, object]]()
+    loop.set_exception_handler(lambda _, context: failures.append(context))
+
+    def tell(result: int | None, error: BaseException | None) -> None:
+        heard.append((result, error))
+        if result == 1:
+            raise RuntimeError("a bug of whoever is told")
+
+    def told(item: int) -> Told[int]:
+        done = Told(tell)
+        engine.tell_together(Work("", item, device.work, "key", soon(), done, monotonic(), device.at_once))
+        return done
+
+    first, second, unwanted = told(1), told(2), told(3)
+    unwanted.cancel()
+    device.finish()
+    device.finish()
+    async with asyncio.timeout(10):
+        while len(heard) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert heard == [(1, None), (2, None)]
+    assert (first.done(), second.done(), unwanted.cancelled()) == (True, True, True)
+    assert [str(each["exception"]) for each in failures] == ["a bug of whoever is told"]
