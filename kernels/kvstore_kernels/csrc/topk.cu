@@ -16,7 +16,15 @@
 #define THREADS 1024
 #define CANDIDATES 8192  // that a block sorts
 #define GROUPS_MOST 4096
+#ifndef AHEAD
 #define AHEAD 2
+#endif
+#ifndef WARM
+#define WARM 0
+#endif
+#ifndef ROLL
+#define ROLL 0
+#endif
 #define NO_CHUNK 0xffffffffu
 #define SCORE_DIGITS (HALF ? 2 : 4)
 #define SPARE 8  // of the groups that are read one more in so many saves a pass over the maxima
@@ -28,10 +36,17 @@ struct Shared {
     u32 found, digit, above, within;
 };
 
-// Counts `digit` of the lanes where it is `present`; many equal digits cost no more than one.
+// Counts `digit` of the lanes where it is `present`; many equal digits, as of equal scores, cost no more than one.
 __device__ __forceinline__ void tally(u32* counts, bool present, u32 digit) {
-    const u32 same = __match_any_sync(ALL_LANES, present ? digit : 256);
-    if (present && __ffs(same) - 1 == (threadIdx.x & 31)) atomicAdd(counts + digit, __popc(same));
+    const u32 lanes = __ballot_sync(ALL_LANES, present);
+    if (!lanes) return;
+    const int leader = __ffs(lanes) - 1;
+    const u32 first = __shfl_sync(ALL_LANES, digit, leader);
+    if (__all_sync(ALL_LANES, !present || digit == first)) {
+        if ((threadIdx.x & 31) == leader) atomicAdd(counts + first, __popc(lanes));
+    } else if (present) {
+        atomicAdd(counts + digit, 1u);
+    }
 }
 
 // The first warp finds the digit of the `wanted`th largest: how many digits are above it, how many are equal.
@@ -158,7 +173,7 @@ __device__ __forceinline__ u32 restart(Shared& s) {
 // Key i of a bitonic sort after its exchanges with keys of the same warp, from STEP apart down, in runs of `run`.
 template <u32 STEP>
 __device__ __forceinline__ u64 exchanged(u64 key, u32 i, u32 run) {
-#pragma unroll
+#pragma unroll (ROLL ? 1 : 5)
     for (u32 step = STEP; step; step /= 2) {
         const u64 other = __shfl_xor_sync(ALL_LANES, key, step);
         const bool larger = ((i & step) == 0) == ((i & run) == 0);  // of the two is kept
@@ -171,6 +186,17 @@ __device__ __forceinline__ u64 exchanged(u64 key, u32 i, u32 run) {
 __device__ __forceinline__ void sort(u64* keys, u32 size) {
     __syncthreads();
     for (u32 i = threadIdx.x; i < size; i += THREADS) {
+        if (ROLL) {
+            u64 key = keys[i];
+            for (u32 run = 2; run <= 32; run *= 2)
+                for (u32 step = run / 2; step; step /= 2) {
+                    const u64 other = __shfl_xor_sync(ALL_LANES, key, step);
+                    const bool larger = ((i & step) == 0) == ((i & run) == 0);
+                    key = (key > other) == larger ? key : other;
+                }
+            keys[i] = key;
+            continue;
+        }
         const u64 eights = exchanged<4>(exchanged<2>(exchanged<1>(keys[i], i, 2), i, 4), i, 8);
         keys[i] = exchanged<16>(exchanged<8>(eights, i, 16), i, 32);
     }
@@ -201,6 +227,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const i64 row = blockIdx.x;
     const Row all(scores, row, heads, token_stride, head_stride, tokens, margin);
     const u32 last = (u32)slot_mask;
+    if (WARM) sort(s.candidates, 64);
     if (threadIdx.x == 0) s.found = 0;
     await_previous_kernel();
     __syncthreads();
