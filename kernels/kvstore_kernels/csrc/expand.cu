@@ -8,9 +8,6 @@
 // Macros: HEAD_DIM, QUERY.
 #include "ptx.cuh"
 
-#ifndef TRIGGER
-#define TRIGGER 0
-#endif
 #define STEPS (HEAD_DIM / 16)  // products of a lane's four numbers
 
 // Four neighbouring numbers of a query, and one number.
@@ -44,12 +41,11 @@ extern "C" __global__ void __launch_bounds__(64)
     for (int d = 0; d < STEPS; d++) copy_async(shared_address(a + d * 64), e + d * 16);
     // The op before may have made q, and the pages that the next kernel reads as soon as it starts.
     await_previous_kernel();
-    if (TRIGGER == 0) let_next_kernel_start();
+    let_next_kernel_start();
 #pragma unroll
     for (int d = 0; d < STEPS; d++) copy_four(shared_address(b + d * 64), q + base + d * 16);
     close_copies();
     await_copies<0>();
-    if (TRIGGER == 1) let_next_kernel_start();
     double sum[4][2] = {};
 #pragma unroll
     for (int d = 0; d < STEPS; d++) {
@@ -59,7 +55,6 @@ extern "C" __global__ void __launch_bounds__(64)
         mma_double(sum[2], row_part.z, query_part.z);
         mma_double(sum[3], row_part.w, query_part.w);
     }
-    if (TRIGGER == 2) let_next_kernel_start();
 #pragma unroll
     for (int i = 0; i < 2; i++)
         if (row + g < length && query + 2 * t + i < rows)

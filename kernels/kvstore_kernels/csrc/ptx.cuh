@@ -57,19 +57,9 @@ __device__ __forceinline__ u32 transpose_8x8(u32 pair) {
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-#ifndef HINT
-#define HINT 0
-#endif
-#if HINT == 2
-#define L2HINT ".L2::256B"
-#elif HINT == 1
-#define L2HINT ".L2::128B"
-#else
-#define L2HINT ""
-#endif
 // Copies 16 bytes to shared memory in the background.
 __device__ __forceinline__ void copy_async(u32 shared, const void* from) {
-    asm volatile("cp.async.cg.shared.global" L2HINT " [%0],[%1],16;" ::"r"(shared), "l"(from) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(shared), "l"(from) : "memory");
 }
 
 // The same of 8 bytes.
@@ -79,7 +69,7 @@ __device__ __forceinline__ void copy_async_8(u32 shared, const void* from) {
 
 // 16 bytes, or zeros if not `present`.
 __device__ __forceinline__ void copy_async_or_zero(u32 shared, const void* from, bool present) {
-    asm volatile("cp.async.cg.shared.global" L2HINT " [%0],[%1],16,%2;" ::"r"(shared), "l"(from), "r"(present ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(shared), "l"(from), "r"(present ? 16 : 0) : "memory");
 }
 
 __device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -28,14 +28,7 @@
 #if OUT_HALF
 typedef u16 Logit;
 __device__ __forceinline__ Logit to_logit(float v) { return (u16)to_halves(v, v); }
-#ifndef STREAM
-#define STREAM 0
-#endif
-__device__ __forceinline__ void store_pair(Logit* out, float a, float b) {
-    if (STREAM == 1) asm volatile("st.global.cs.u32 [%0],%1;" ::"l"(out), "r"(to_halves(a, b)) : "memory");
-    else if (STREAM == 2) asm volatile("st.global.wt.u32 [%0],%1;" ::"l"(out), "r"(to_halves(a, b)) : "memory");
-    else *(u32*)out = to_halves(a, b);
-}
+__device__ __forceinline__ void store_pair(Logit* out, float a, float b) { *(u32*)out = to_halves(a, b); }
 #else
 typedef float Logit;
 __device__ __forceinline__ Logit to_logit(float v) { return v; }

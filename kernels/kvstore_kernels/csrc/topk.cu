@@ -16,16 +16,6 @@
 #define THREADS 1024
 #define CANDIDATES 8192  // that a block sorts
 #define GROUPS_MOST 4096
-#ifndef AHEAD
-#define AHEAD 2
-#endif
-#ifndef WARM
-#define WARM 0
-#endif
-#ifndef ROLL
-#define ROLL 0
-#endif
-#define NO_CHUNK 0xffffffffu
 #define SCORE_DIGITS (HALF ? 2 : 4)
 #define SPARE 8  // of the groups that are read one more in so many saves a pass over the maxima
 
@@ -112,7 +102,7 @@ struct Groups {
 };
 
 // The candidates of a row that are not below `least`: in all its chunks or, where groups of 2^bits chunks are `chosen`, in
-// theirs. A lane reads AHEAD chunks at once.
+// theirs. A lane reads a chunk at once.
 struct Scores {
     const Row& row;
     const u32* chosen;
@@ -122,29 +112,22 @@ struct Scores {
     template <class Visit>
     __device__ __forceinline__ void each(Visit visit) const {
 #pragma unroll 1
-        for (u32 base = threadIdx.x & ~31u; base < count; base += AHEAD * THREADS) {
-            u32 chunks[AHEAD], keys[AHEAD][CHUNK];
+        for (u32 base = threadIdx.x & ~31u; base < count; base += THREADS) {
+            const u32 i = base + (threadIdx.x & 31);
+            const u32 chunk = i < count && chosen ? chosen[i >> bits] << bits | (i & ((1u << bits) - 1)) : i;
+            u32 keys[CHUNK] = {}, shown = 0;
+            if (i < count) row.read(keys, chunk);
 #pragma unroll
-            for (int n = 0; n < AHEAD; n++) {
-                const u32 i = base + n * THREADS + (threadIdx.x & 31);
-                chunks[n] = i >= count ? NO_CHUNK : chosen ? chosen[i >> bits] << bits | (i & ((1u << bits) - 1)) : i;
-                if (i < count) row.read(keys[n], chunks[n]);
-            }
+            for (int j = 0; j < CHUNK; j++) shown |= (keys[j] >= (u32)(least >> 32)) << j;
+            if (i >= count) shown = 0;
+            for (; __any_sync(ALL_LANES, shown); shown &= shown - 1) {
+                const int at = __ffs(shown) - 1;
+                const u32 slot = chunk * CHUNK + at;
+                u32 own = 0;
 #pragma unroll
-            for (int n = 0; n < AHEAD; n++) {
-                u32 shown = 0;
-#pragma unroll
-                for (int j = 0; j < CHUNK; j++) shown |= (keys[n][j] >= (u32)(least >> 32)) << j;
-                if (chunks[n] == NO_CHUNK) shown = 0;
-                for (; __any_sync(ALL_LANES, shown); shown &= shown - 1) {
-                    const int at = __ffs(shown) - 1;
-                    const u32 slot = chunks[n] * CHUNK + at;
-                    u32 own = 0;
-#pragma unroll
-                    for (int j = 0; j < CHUNK; j++) own = j == at ? keys[n][j] : own;
-                    const u64 key = (u64)own << 32 | (last - slot);
-                    visit(shown && row.holds(slot) && key >= least, key);
-                }
+                for (int j = 0; j < CHUNK; j++) own = j == at ? keys[j] : own;
+                const u64 key = (u64)own << 32 | (last - slot);
+                visit(shown && row.holds(slot) && key >= least, key);
             }
         }
     }
@@ -173,7 +156,7 @@ __device__ __forceinline__ u32 restart(Shared& s) {
 // Key i of a bitonic sort after its exchanges with keys of the same warp, from STEP apart down, in runs of `run`.
 template <u32 STEP>
 __device__ __forceinline__ u64 exchanged(u64 key, u32 i, u32 run) {
-#pragma unroll (ROLL ? 1 : 5)
+#pragma unroll
     for (u32 step = STEP; step; step /= 2) {
         const u64 other = __shfl_xor_sync(ALL_LANES, key, step);
         const bool larger = ((i & step) == 0) == ((i & run) == 0);  // of the two is kept
@@ -186,17 +169,6 @@ __device__ __forceinline__ u64 exchanged(u64 key, u32 i, u32 run) {
 __device__ __forceinline__ void sort(u64* keys, u32 size) {
     __syncthreads();
     for (u32 i = threadIdx.x; i < size; i += THREADS) {
-        if (ROLL) {
-            u64 key = keys[i];
-            for (u32 run = 2; run <= 32; run *= 2)
-                for (u32 step = run / 2; step; step /= 2) {
-                    const u64 other = __shfl_xor_sync(ALL_LANES, key, step);
-                    const bool larger = ((i & step) == 0) == ((i & run) == 0);
-                    key = (key > other) == larger ? key : other;
-                }
-            keys[i] = key;
-            continue;
-        }
         const u64 eights = exchanged<4>(exchanged<2>(exchanged<1>(keys[i], i, 2), i, 4), i, 8);
         keys[i] = exchanged<16>(exchanged<8>(eights, i, 16), i, 32);
     }
@@ -227,7 +199,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const i64 row = blockIdx.x;
     const Row all(scores, row, heads, token_stride, head_stride, tokens, margin);
     const u32 last = (u32)slot_mask;
-    if (WARM) sort(s.candidates, 64);
     if (threadIdx.x == 0) s.found = 0;
     await_previous_kernel();
     __syncthreads();
