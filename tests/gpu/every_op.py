@@ -34,6 +34,7 @@ def run_signs(name: str) -> None:
     keys, values = (on_pages(rows, values=kind, first=3) for kind in (False, True))
     scores = score.score(q, keys, sm_scale=0.1, dtype=torch.float16)
     _, positions = topk.topk(scores, 50)
+    topk.best(q, keys, 50, sm_scale=0.1)
     score_at.score_at(q, keys, positions, sm_scale=0.1)
     for queries in (q[:2], q, q.repeat(2, 1, 1)):
         attend.attend(queries, keys, values, sm_scale=0.1, logit_soft_cap=30.0, debias=0.5)

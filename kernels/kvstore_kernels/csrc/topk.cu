@@ -16,8 +16,6 @@
 #define THREADS 1024
 #define CANDIDATES 8192  // that a block sorts
 #define GROUPS_MOST 4096
-#define AHEAD 2
-#define NO_CHUNK 0xffffffffu
 #define SCORE_DIGITS (HALF ? 2 : 4)
 #define SPARE 8  // of the groups that are read one more in so many saves a pass over the maxima
 
@@ -28,10 +26,17 @@ struct Shared {
     u32 found, digit, above, within;
 };
 
-// Counts `digit` of the lanes where it is `present`; many equal digits cost no more than one.
+// Counts `digit` of the lanes where it is `present`; many equal digits, as of equal scores, cost no more than one.
 __device__ __forceinline__ void tally(u32* counts, bool present, u32 digit) {
-    const u32 same = __match_any_sync(ALL_LANES, present ? digit : 256);
-    if (present && __ffs(same) - 1 == (threadIdx.x & 31)) atomicAdd(counts + digit, __popc(same));
+    const u32 lanes = __ballot_sync(ALL_LANES, present);
+    if (!lanes) return;
+    const int leader = __ffs(lanes) - 1;
+    const u32 first = __shfl_sync(ALL_LANES, digit, leader);
+    if (__all_sync(ALL_LANES, !present || digit == first)) {
+        if ((threadIdx.x & 31) == leader) atomicAdd(counts + first, __popc(lanes));
+    } else if (present) {
+        atomicAdd(counts + digit, 1u);
+    }
 }
 
 // The first warp finds the digit of the `wanted`th largest: how many digits are above it, how many are equal.
@@ -97,7 +102,7 @@ struct Groups {
 };
 
 // The candidates of a row that are not below `least`: in all its chunks or, where groups of 2^bits chunks are `chosen`, in
-// theirs. A lane reads AHEAD chunks at once.
+// theirs. A lane reads a chunk at once.
 struct Scores {
     const Row& row;
     const u32* chosen;
@@ -107,29 +112,22 @@ struct Scores {
     template <class Visit>
     __device__ __forceinline__ void each(Visit visit) const {
 #pragma unroll 1
-        for (u32 base = threadIdx.x & ~31u; base < count; base += AHEAD * THREADS) {
-            u32 chunks[AHEAD], keys[AHEAD][CHUNK];
+        for (u32 base = threadIdx.x & ~31u; base < count; base += THREADS) {
+            const u32 i = base + (threadIdx.x & 31);
+            const u32 chunk = i < count && chosen ? chosen[i >> bits] << bits | (i & ((1u << bits) - 1)) : i;
+            u32 keys[CHUNK] = {}, shown = 0;
+            if (i < count) row.read(keys, chunk);
 #pragma unroll
-            for (int n = 0; n < AHEAD; n++) {
-                const u32 i = base + n * THREADS + (threadIdx.x & 31);
-                chunks[n] = i >= count ? NO_CHUNK : chosen ? chosen[i >> bits] << bits | (i & ((1u << bits) - 1)) : i;
-                if (i < count) row.read(keys[n], chunks[n]);
-            }
+            for (int j = 0; j < CHUNK; j++) shown |= (keys[j] >= (u32)(least >> 32)) << j;
+            if (i >= count) shown = 0;
+            for (; __any_sync(ALL_LANES, shown); shown &= shown - 1) {
+                const int at = __ffs(shown) - 1;
+                const u32 slot = chunk * CHUNK + at;
+                u32 own = 0;
 #pragma unroll
-            for (int n = 0; n < AHEAD; n++) {
-                u32 shown = 0;
-#pragma unroll
-                for (int j = 0; j < CHUNK; j++) shown |= (keys[n][j] >= (u32)(least >> 32)) << j;
-                if (chunks[n] == NO_CHUNK) shown = 0;
-                for (; __any_sync(ALL_LANES, shown); shown &= shown - 1) {
-                    const int at = __ffs(shown) - 1;
-                    const u32 slot = chunks[n] * CHUNK + at;
-                    u32 own = 0;
-#pragma unroll
-                    for (int j = 0; j < CHUNK; j++) own = j == at ? keys[n][j] : own;
-                    const u64 key = (u64)own << 32 | (last - slot);
-                    visit(shown && row.holds(slot) && key >= least, key);
-                }
+                for (int j = 0; j < CHUNK; j++) own = j == at ? keys[j] : own;
+                const u64 key = (u64)own << 32 | (last - slot);
+                visit(shown && row.holds(slot) && key >= least, key);
             }
         }
     }
