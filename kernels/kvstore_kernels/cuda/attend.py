@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from math import log
+import os
 
 import torch
 from torch import Tensor
@@ -51,8 +52,10 @@ def macros(
         "DEBIAS": int(debias),
     }
     memory = build.shared_memory_bytes(key_basis.matrix.device)
-    if rows >= MANY_ROWS and (many := _placed_many(m, rows, memory)) is not None:
-        return many
+    if rows >= MANY_ROWS:
+        kind = {"WARPGROUPS": 1} if build.has_warpgroups(key_basis.matrix.device) and os.environ.get("WIDE", "1") == "1" else {}
+        if (many := _placed_many({**m, **kind}, rows, memory)) is not None:
+            return many
     tiles = row_tiles(rows)
     while tiles > 1 and (tiles * value_words > SUMS_MOST or _placed(m, tiles, memory) is None):
         tiles //= 2
@@ -62,10 +65,15 @@ def macros(
     return placed
 
 
-def merge_macros(m: build.Macros, head_dim: int, dtype: torch.dtype) -> build.Macros:
-    """merge.cu's after attend.cu's."""
-    groups = {name: m[name] for name in ("VALUE_GROUPS", "VALUE_OFFSETS")}
-    return {"HEAD_DIM": head_dim, "OUT_HALF": int(dtype == torch.float16), **groups}
+def merge_splits_macros(m: build.Macros) -> build.Macros:
+    """merge_splits.cu's after attend.cu's."""
+    return {name: m[name] for name in ("VALUE_GROUPS", "VALUE_OFFSETS")}
+
+
+def merge_macros(m: build.Macros, head_dim: int, dtype: torch.dtype, rows: int) -> build.Macros:
+    """merge.cu's after attend.cu's for `rows` query rows a KV head."""
+    own = {"HEAD_DIM": head_dim, "OUT_HALF": int(dtype == torch.float16), "ROWS": 1 if rows < MANY_ROWS else WARPS}
+    return {**own, **merge_splits_macros(m)}
 
 
 def variants(
@@ -76,8 +84,11 @@ def variants(
     for tiles in ROW_TILES:
         m = macros(keys, values, key_basis, value_basis, TILE_ROWS * tiles, soft_cap=False, debias=debias)
         if m["ROW_TILES"] == tiles:
+            merging = merge_macros(m, values.layout.head_dim, dtype, TILE_ROWS * tiles)
             yield name_of(m), m, shared_bytes(m)
-            yield "merge", merge_macros(m, values.layout.head_dim, dtype), 4 * value_basis.width
+            yield "merge", merging, 4 * value_basis.width * merging["ROWS"]
+            if merging["ROWS"] > 1:
+                yield "merge_splits", merge_splits_macros(m), 0
 
 
 def _placed(m: build.Macros, tiles: int, memory: int) -> build.Macros | None:
@@ -107,6 +118,8 @@ def _placed_many(m: build.Macros, rows: int, memory: int) -> build.Macros | None
 
 
 def name_of(m: build.Macros) -> str:
+    if "WARPGROUPS" in m:
+        return "attend_wide"
     return "attend_many" if "STAGES" in m else "attend"
 
 
@@ -121,6 +134,9 @@ def _shared_bytes_many(m: build.Macros) -> int:
     stage = 1024 * WARPS * (m["UNITS"] + m["VALUE_WORDS"]) + 1024
     queries = (1 + (m["PLANES"] > 8)) * m["UNITS"] * blocks * 8 * fragment
     weights = (1 + (m["WEIGHT_PLANES"] > 8)) * 8 * blocks * fragment
+    if "WARPGROUPS" in m:  # each step's columns are two halves with 16 bytes after them
+        queries += m["UNITS"] * 8 * 32
+        weights += 8 * 32
     found = 8 * rows * 4 * (3 + WARPS)
     row = 4 * (5 + 4 + 4 + 3)  # constants, totals, constants again, room
     places = (2 * m["UNITS"] + m["VALUE_WORDS"] + 1) * 4 * 32 * WARPS
@@ -212,9 +228,18 @@ def _merge(
     lse: Tensor, group: int, m: build.Macros,
 ) -> None:  # fmt: skip
     heads, splits, rows, width = partials.shape
-    shared = width * 4
+    merging = merge_macros(m, out.shape[2], out.dtype, rows)
+    if merging["ROWS"] > 1 and splits > 1:
+        merged, merged_sums = partials.new_empty(heads, 1, rows, width), sums.new_empty(heads, 1, rows, sums.shape[3])
+        build.kernel("merge_splits", out.device, merge_splits_macros(m)).launch(
+            (rows, heads, 1), WARPS * 32, 0, partials, sums, value_basis.heads, merged, merged_sums, splits, width,
+            follows=True,
+        )  # fmt: skip
+        partials, sums, splits = merged, merged_sums, 1
+    shared = 4 * width * merging["ROWS"]
     other_out, other_lse = (None, None) if beside is None else (part.contiguous() for part in beside)
-    build.kernel("merge", out.device, merge_macros(m, out.shape[2], out.dtype), shared).launch(
-        (rows, heads, out.shape[2] // 32), 256, shared, partials, sums, value_basis.matrix, value_basis.heads,
-        other_out, other_lse, out, lse, value_basis.length, splits, width, out.shape[1], group, follows=True,
+    build.kernel("merge", out.device, merging, shared).launch(
+        (-(-rows // merging["ROWS"]), heads, out.shape[2] // 32), WARPS * 32, shared, partials, sums, value_basis.matrix,
+        value_basis.heads, other_out, other_lse, out, lse, value_basis.length, splits, rows, width, out.shape[1], group,
+        follows=True,
     )  # fmt: skip
