@@ -159,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         }
         __syncthreads();
         const float largest = t < OWN ? __int_as_float(found.most[mine]) : 0;
-        const float inverse = largest > 1e-30f ? WEIGHT_MOST / largest : 0;
+        const float inverse = weights_a_unit(largest);
         u32 weights_of[OWN];
         u8* const words = weights + ((warp & 1) * 4 + (t & 1) * 2) * ROW_BLOCKS * FRAGMENT + (g * 4 + (warp >> 1 ^ g >> 1)) * 16 + (t >> 1) * 8;
 #pragma unroll

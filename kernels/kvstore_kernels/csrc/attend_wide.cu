@@ -97,7 +97,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     show_to_products();
     __syncthreads();
 
-    const Choices choices;
+    u32 nothing;
+    asm volatile("{.reg .u32 n; mov.u32 n,%%smid; shr.u32 %0,n,20;}" : "=r"(nothing));
+    const Choices choices(nothing);
     const u64 query_columns = columns_at<QUERY_COLUMNS>(shared_address(queries)), weight_columns = columns_at<WEIGHT_COLUMNS>(shared_address(weights));
     WideSums sum;
     sum.clear();
@@ -140,11 +142,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         }
         const float4 alphas = load_alphas(alphas_of_page + PAGE);
         float totals_of[OWN];
-        int tops[OWN];
-        load_own(tops, found.top + of_round * ROWS);
+        const float own_top = found.page_top(of_round, own_slot);
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
-            const float page_top = from_ordered(tops[i]);
+            const float page_top = __shfl_sync(ALL_LANES, own_top, i * 4 + t);
 #pragma unroll
             for (int n = 0; n < 4; n++) x[n / 2][n % 2][i] = exp2_fast(x[n / 2][n % 2][i] - page_top);
             totals_of[i] = (x[0][0][i] + x[1][0][i]) + (x[0][1][i] + x[1][1][i]);
@@ -161,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         }
         __syncthreads();
         const float largest = __int_as_float(found.most[mine]);
-        const float inverse = largest > 1e-30f ? WEIGHT_MOST / largest : 0;
+        const float inverse = weights_a_unit(largest);
         // Of step 4 (warp % 2) + g % 4, the half g / 4 and the bytes of lanes t = warp / 2.
         u8* const words = weights + ((warp & 1) * 4 + (g & 3)) * COLUMN_BYTES(WEIGHT_COLUMNS) + in_columns(HALF_BYTES(WEIGHT_COLUMNS), 2 * t, g >> 2, warp >> 1);
 #pragma unroll

@@ -20,11 +20,8 @@
 struct Choices {
     u32 by_lowest, by_second;
 
-    // In registers once, where the compiler would load them for each choice.
-    __device__ __forceinline__ Choices() {
-        asm volatile("mov.b32 %0,0xff00ff00;" : "=r"(by_lowest));
-        asm volatile("mov.b32 %0,0xffff0000;" : "=r"(by_second));
-    }
+    // In registers once: constants that the compiler knows it would load for each choice. `nothing` is 0, which it does not know.
+    __device__ __forceinline__ explicit Choices(u32 nothing) : by_lowest(nothing | 0xff00ff00), by_second(nothing | 0xffff0000) {}
 
     __device__ __forceinline__ u32 bytes_of(u32 word, int step) const {
         const u32 nibbles = word >> ((step >> 2) * 16 + ((step & 3) == 3 ? 3 : 0));

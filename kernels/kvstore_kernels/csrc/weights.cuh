@@ -23,6 +23,9 @@
 
 #define LOWEST -1e30f  // below any logit, and finite, so that differences stay numbers
 
+// What p alpha is multiplied by to become a weight, of the page's largest.
+__device__ __forceinline__ float weights_a_unit(float most) { return most > 1e-30f ? WEIGHT_MOST * inverse_fast(most) : 0; }
+
 // Over the sixteen lanes that hold the same rows.
 __device__ __forceinline__ float rows_max(float v) {
 #pragma unroll
@@ -140,7 +143,7 @@ __device__ __forceinline__ void weigh(PageLogits& x, const u16* scales, int from
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             most[r] = rows_max(most[r]);
-            inverse[r] = most[r] > 1e-30f ? WEIGHT_MOST / most[r] : 0;
+            inverse[r] = weights_a_unit(most[r]);
         }
 #pragma unroll
         for (int c = 0; c < 8; c++) {
