@@ -3,6 +3,7 @@
 //
 // Grid and arguments: attend.cu's. sm_90a.
 #include "attend_wide.cuh"
+#include "bulk.cuh"
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     attend_wide(const u8* __restrict__ key_slab, const int* __restrict__ key_table, const u8* __restrict__ value_slab,
@@ -34,49 +35,46 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     if (threadIdx.x < 2) heads[threadIdx.x] = (threadIdx.x ? value_heads : key_heads)[h];
     __syncthreads();
 
-    // Where in a page lies what this thread asks for: of keys the chunk `warp` of words t and t + 4 of each unit (any other if a
-    // level reads no such word), the warp's words of values, in the first two warps scales; -1 if there is nothing.
-    int* places = (int*)((u8*)room.unit + ROOM_BYTES) + threadIdx.x;
+    // Where in a page lies what this thread asks for of keys, the chunk `warp` of words t and t + 4 of each unit (any other if a
+    // level reads no such word); -1 if there is nothing. One thread asks for all else.
+    u64* arrivals = (u64*)((u8*)room.unit + ROOM_BYTES);
+    int* places = (int*)(arrivals + 4) + threadIdx.x;
     {
-        const Head head = heads[0], value_head = heads[1];
+        const Head head = heads[0];
         const KeyWalk walk{nullptr, head, nullptr};
         for (int i = 0; i < 2 * UNITS; i++) {
             const int at = (int)((i64)walk.word_at((const u8*)0, warp, i * 4 + lane / 8)) + head.word_start * 1024 + lane % 8 * 16;
             places[i * WARPS * 32] = head.words ? at : -1;
         }
-        for (int k = 0; k < VALUE_WORDS; k++) {
-            const int word = warp * VALUE_WORDS + k;
-            places[(2 * UNITS + k) * WARPS * 32] = word < value_head.words ? (value_head.word_start + word) * 1024 + lane * 16 : -1;
-        }
-        const Head scaled = heads[warp & 1];
-        places[(2 * UNITS + VALUE_WORDS) * WARPS * 32] = warp < 2 && scaled.stored ? scaled.scale_start * 512 + lane * 16 : -1;
     }
-    auto push = [&](u8* stage, int key_entry, int value_entry) {
+    if (threadIdx.x < STAGES) begin_arrival(shared_address(arrivals + threadIdx.x));
+    show_to_products();
+    __syncthreads();
+    auto push = [&](int slot, int key_entry, int value_entry, bool present) {
         const u8 *key_page = key_slab + (i64)key_entry * 512, *value_page = value_slab + (i64)value_entry * 512;
+        u8* stage = stages + slot * STAGE;
         const u32 to = shared_address(stage) + warp * PIECE + lane / 8 * 128 + ((lane & 7) ^ (lane / 8 | (warp & 1) << 2)) * 16;
-        const u32 own = shared_address(stage + KEY_BYTES) + warp * VALUE_WORDS * PIECE + lane * 16;
 #pragma unroll
         for (int i = 0; i < 2 * UNITS; i++) {
             const int at = places[i * WARPS * 32];
             if (at >= 0) copy_async(to + i / 2 * CHUNKS * PIECE + i % 2 * (PIECE / 2), key_page + at);
         }
-#pragma unroll
-        for (int k = 0; k < VALUE_WORDS; k++) {
-            const int at = places[(2 * UNITS + k) * WARPS * 32];
-            if (at < 0) continue;
-            copy_async(own + k * PIECE, value_page + at);
-            copy_async(own + k * PIECE + PIECE / 2, value_page + at + PIECE / 2);
-        }
-        if (warp < 2) {
-            const int at = places[(2 * UNITS + VALUE_WORDS) * WARPS * 32];
-            if (at >= 0) copy_async(shared_address(stage + STAGE - 2 * 512) + threadIdx.x * 16, (warp ? value_page : key_page) + at);
-        }
         close_copies();
+        if (threadIdx.x == WARPS * 32 - 32 && present) {
+            const u32 arrival = shared_address(arrivals + slot), own = shared_address(stage + KEY_BYTES), scales = shared_address(stage + STAGE - 2 * 512);
+            const Head head = heads[0], value_head = heads[1];
+            announce(arrival, value_head.words * 1024 + (head.stored ? 512 : 0) + (value_head.stored ? 512 : 0));
+            if (head.stored) copy_bulk(scales, key_page + (i64)head.scale_start * 512, 512, arrival);
+            if (value_head.stored) copy_bulk(scales + 512, value_page + (i64)value_head.scale_start * 512, 512, arrival);
+            if (value_head.words) copy_bulk(own, value_page + (i64)value_head.word_start * 1024, value_head.words * 1024, arrival);
+        }
     };
+    // A warp that reads what has come by one thread's hand.
+    auto await_page = [&](int number) { await_arrival(shared_address(arrivals + number % STAGES), number / STAGES & 1); };
     auto key_entry = [&](int page) { return key_table[min(page, last - 1)]; };
     auto value_entry = [&](int page) { return value_table[min(page, last - 1)]; };
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) push(stages + i * STAGE, key_entry(split_first + i), value_entry(split_first + i));
+    for (int i = 0; i < STAGES - 1; i++) push(i, key_entry(split_first + i), value_entry(split_first + i), split_first + i < last);
     int next_key = key_entry(split_first + STAGES - 1), next_value = value_entry(split_first + STAGES - 1);
     Found(found_both).clear();
     Found(found_both + FOUND_BYTES).clear();
@@ -91,9 +89,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         const float* own = constants + threadIdx.x * ROW_CONSTANTS;
         row_constants[threadIdx.x] = {own[0], -own[SLOPE(0)], own[SHIFT(0)], own[SPREAD(0)]};
     }
-    convert_scales(alphas_of_page, stages + STAGE - 2 * 512, heads);
-    __syncthreads();
-
+    if (warp < 2) {
+        await_page(0);
+        convert_scales(alphas_of_page, stages + STAGE - 2 * 512, heads);
+    }
     show_to_products();
     __syncthreads();
 
@@ -124,15 +123,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         }
         const auto larger = [](float a, float b) { return fmaxf(a, b); };
 #pragma unroll
-        for (int i = 0; i < OWN; i++) {
-            found_of[i] = fmaxf(fmaxf(x[0][0][i], x[0][1][i]), fmaxf(x[1][0][i], x[1][1][i]));
-        }
+        for (int i = 0; i < OWN; i++) found_of[i] = fmaxf(fmaxf(x[0][0][i], x[0][1][i]), fmaxf(x[1][0][i], x[1][1][i]));
         const float top = fmaxf(join_lanes(found_of, larger), LOWEST / 2);  // above LOWEST: no token weighs 0
         const int mine = of_round * ROWS + own_slot;
         if (g < OWN) atomicMax(found.top + mine, ordered(ceilf(top)));
         __syncthreads();
         // All warps are done with the page before.
-        push(stages + (slot ? slot - 1 : STAGES - 1) * STAGE, next_key, next_value);
+        push(slot ? slot - 1 : STAGES - 1, next_key, next_value, page + STAGES - 1 < last);
         next_key = key_entry(page + STAGES);
         next_value = value_entry(page + STAGES);
         if (of_round == 0) {
@@ -153,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
             x[0][1][i] *= alphas.y;
             x[1][0][i] *= alphas.z;
             x[1][1][i] *= alphas.w;
-            found_of[i] = fmaxf(fmaxf(x[0][0][i], x[0][1][i]), fmaxf(x[1][0][i], x[1][1][i]));
+            found_of[i] = largest_of(x[0][0][i], x[0][1][i], x[1][0][i], x[1][1][i]);
         }
         const float total = join_lanes(totals_of, [](float a, float b) { return a + b; }), most = join_lanes(found_of, larger);
         if (g < OWN) {
@@ -177,7 +174,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         }
         if (warp == 0) room.make(found, of_round);
         await_copies<STAGES - 2>();  // the next page is there
-        convert_scales(alphas_of_page, stages + (slot == STAGES - 1 ? 0 : slot + 1) * STAGE + STAGE - 2 * 512, heads);
+        if (warp < 2 && page + 1 < last) {
+            await_page(number + 1);
+            convert_scales(alphas_of_page, stages + (slot == STAGES - 1 ? 0 : slot + 1) * STAGE + STAGE - 2 * 512, heads);
+        }
         show_to_products();
         __syncthreads();
         sum_weights(found.weight + of_round * ROWS, weights);

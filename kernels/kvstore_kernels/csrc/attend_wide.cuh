@@ -134,7 +134,6 @@ typedef float Logits[2][2][OWN];
 // 16 bytes that each lane has asked for, the second those of values.
 __device__ __forceinline__ void convert_scales(float* alphas, const u8* halves, const Head* heads) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    if (warp > 1) return;
     const uint4 pairs = *(const uint4*)(halves + warp * 512 + lane * 16);
     const u32 own[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
     const bool stored = heads[warp].stored;
@@ -150,23 +149,9 @@ __device__ __forceinline__ float4 load_alphas(const float* alphas) {
     return ((const float4*)alphas)[(threadIdx.x >> 5) * 8 + (threadIdx.x >> 2 & 7)];
 }
 
-// Logits of half a page, of what two key words of two tokens gave.
-__device__ __forceinline__ void logits_of(float (&x)[2][OWN], const int (&sums)[QUERY_COLUMNS / 2], const float4* rows, float alpha0, float alpha1, float cap) {
-    const int t = threadIdx.x & 3;
-#pragma unroll
-    for (int i = 0; i < OWN; i++) {
-        const float4 row = rows[row_of(t, i)];
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const int at = (i >> 1) * 4 + j * 2 + (i & 1);
-            const float alpha = j ? alpha1 : alpha0;
-            const int sum = LOW_BITS ? (sums[at] << LOW_BITS) + sums[at + (HALVES - 1) * ROWS / 2] : sums[at];
-            float inner = fmaf(row.y, (float)sum, row.z);
-            if (DEBIAS) inner = fmaf(alpha, row.w, inner);
-            const float logit = fmaf(alpha, inner, row.x);
-            x[j][i] = SOFT_CAP ? cap * tanh_of(logit) : logit;
-        }
-    }
+// Of numbers that are not negative, as integers, whose largest of three is one instruction.
+__device__ __forceinline__ float largest_of(float a, float b, float c, float d) {
+    return __int_as_float(max(max(max(__float_as_int(a), __float_as_int(b)), __float_as_int(c)), __float_as_int(d)));
 }
 
 __device__ __forceinline__ void score_page(Logits& x, const Choices& choices, const u8* keys, u64 queries, const float4* rows, const float* key_alphas, float cap) {
@@ -183,7 +168,7 @@ __device__ __forceinline__ void score_page(Logits& x, const Choices& choices, co
                                  *(const u32*)(unit + PIECE / 2 + (first ^ 8))};
 #pragma unroll
             for (int part = 0; part < 2; part++) {
-                if (c || u) await_products<1>();  // its registers take these bytes
+                if (LOW_BITS ? c + u + part : c + u) await_products<1 - (LOW_BITS != 0)>();  // its registers take these bytes
                 const Bytes a(choices, words, part);
 #pragma unroll
                 for (int i = 0; i < 4; i++)
@@ -191,12 +176,28 @@ __device__ __forceinline__ void score_page(Logits& x, const Choices& choices, co
                 close_products();
             }
         }
+        if (!LOW_BITS) continue;
+        await_products<0>(sums[c]);
+#pragma unroll
+        for (int i = 0; i < 2 * OWN; i++) sums[c][i] = (sums[c][i] << LOW_BITS) + sums[c][i + (HALVES - 1) * 2 * OWN];
     }
-    const float4 alphas = load_alphas(key_alphas);
-    await_products<2>(sums[0]);
-    logits_of(x[0], sums[0], rows, alphas.x, alphas.y, cap);
-    await_products<0>(sums[1]);
-    logits_of(x[1], sums[1], rows, alphas.z, alphas.w, cap);
+    if (!LOW_BITS) {
+        await_products<0>(sums[0]);
+        await_products<0>(sums[1]);
+    }
+    const float4 of_tokens = load_alphas(key_alphas);
+    const float alphas[4] = {of_tokens.x, of_tokens.y, of_tokens.z, of_tokens.w};
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        const float4 row = rows[row_of(t, i)];
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            float inner = fmaf(row.y, (float)sums[n / 2][(i >> 1) * 4 + n % 2 * 2 + (i & 1)], row.z);
+            if (DEBIAS) inner = fmaf(alphas[n], row.w, inner);
+            const float logit = fmaf(alphas[n], inner, row.x);
+            x[n / 2][n % 2][i] = SOFT_CAP ? cap * tanh_of(logit) : logit;
+        }
+    }
 }
 
 // What a page needs to be added to sums that are relative to another power of two; one thread a row keeps it.
