@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         const float own_top = found.page_top(of_round, own_slot);
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
-            const float page_top = __shfl_sync(ALL_LANES, own_top, i * 4 + t);
+            const float page_top = of_row(own_top, i);
 #pragma unroll
             for (int n = 0; n < 4; n++) x[n / 2][n % 2][i] = exp2_fast(x[n / 2][n % 2][i] - page_top);
             totals_of[i] = (x[0][0][i] + x[1][0][i]) + (x[0][1][i] + x[1][1][i]);
@@ -164,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         u8* const words = weights + ((warp & 1) * 4 + (g & 3)) * COLUMN_BYTES(WEIGHT_COLUMNS) + in_columns(HALF_BYTES(WEIGHT_COLUMNS), 2 * t, g >> 2, warp >> 1);
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
-            const float scale = __shfl_sync(ALL_LANES, inverse, i * 4 + t);
+            const float scale = of_row(inverse, i);
             u32 w[4];
 #pragma unroll
             for (int n = 0; n < 4; n++) w[n] = __float_as_uint(fmaf(x[n % 2][n / 2][i], scale, OFFSET));

@@ -76,8 +76,9 @@ struct QueryColumns {
 // What the warps find of each row on each page of a round: the largest logit, rounded up, the largest weight, the sum of weights
 // in units of it, and of p for each warp's tokens.
 struct Found {
-    int *top, *most, *weight;  // [8][ROWS slots]
-    float* totals;             // [8][ROWS slots][WARPS]
+    int *top, *most;  // [8][ROWS slots]
+    int* weight;      // [8][ROWS]
+    float* totals;    // [8][ROWS slots][WARPS]
 
     __device__ __forceinline__ explicit Found(u8* shared) : top((int*)shared), most(top + ROUND), weight(most + ROUND), totals((float*)(weight + ROUND)) {}
 
@@ -100,7 +101,7 @@ struct Found {
         out[TOP] = page_top(page, slot);
         out[TOTAL] = ((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w));
         out[UNIT(0)] = unit(page, slot);
-        out[WEIGHT(0)] = (float)(u32)weight[i];
+        out[WEIGHT(0)] = (float)(u32)weight[page * ROWS + row_of_slot(slot)];
     }
 };
 #define FOUND_BYTES (ROUND * 4 * (3 + WARPS))
@@ -125,6 +126,13 @@ __device__ __forceinline__ float join_lanes(const float (&v)[OWN], Join join) {
         }
     }
     return left[0];
+}
+
+// What lane (i, t) has: its own row's, for lanes (g, t).
+__device__ __forceinline__ float of_row(float v, int i) {
+    float out;
+    asm volatile("shfl.sync.idx.b32 %0,%1,%2,0x31f,0xffffffff;" : "=f"(out) : "f"(v), "r"(i * 4));  // t stays
+    return out;
 }
 
 // This lane's logits, of rows row_of(t, i) and tokens 32 (g % 4 + 4 c) + 4 warp + 2 (g / 4) + j, at [c][i + OWN j]
@@ -298,15 +306,14 @@ struct WideSums {
     }
 };
 
-// Adds what the weights of a page sum to, by row; they are in shared memory.
-__device__ __forceinline__ void sum_weights(int* of_slot, const u8* weights) {
-    const int row = threadIdx.x & 31, step = threadIdx.x >> 5;
-    if (row >= ROWS) return;
+// Adds what the weights of a page sum to, by row; they are in shared memory. A warp has a step's, of a row in each lane.
+__device__ __forceinline__ void sum_weights(int* of_row, const u8* weights) {
+    const int row = threadIdx.x & 31;
+    const u8* from = weights + (threadIdx.x >> 5) * COLUMN_BYTES(WEIGHT_COLUMNS) + row * 16;
     u32 sum = 0;
 #pragma unroll
     for (int i = 0; i < 2 * WEIGHT_HALVES; i++) {
-        const int column = row + i / 2 * ROWS;
-        const uint4 bytes = *(const uint4*)(weights + step * COLUMN_BYTES(WEIGHT_COLUMNS) + in_columns(HALF_BYTES(WEIGHT_COLUMNS), column, i & 1, 0));
+        const uint4 bytes = *(const uint4*)(from + (i & 1) * HALF_BYTES(WEIGHT_COLUMNS) + i / 2 * ROWS * 16);
         u32 own = 0;
         own = __dp4a(bytes.x, 0x01010101u, own);
         own = __dp4a(bytes.y, 0x01010101u, own);
@@ -314,7 +321,7 @@ __device__ __forceinline__ void sum_weights(int* of_slot, const u8* weights) {
         own = __dp4a(bytes.w, 0x01010101u, own);
         sum += own << (i / 2 * 8);
     }
-    atomicAdd(of_slot + (row >> 1 & 3) * OWN + (row >> 3) * 2 + (row & 1), (int)sum);
+    if (row < ROWS) atomicAdd(of_row + row, (int)sum);
 }
 
 // Takes in the totals of the first `present` pages of a round, by a lane for each page and row.
