@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     // Where in a page lies what this thread asks for of keys, the chunk `warp` of words t and t + 4 of each unit (any other if a
     // level reads no such word); -1 if there is nothing. One thread asks for all else.
     u64* arrivals = (u64*)((u8*)room.unit + ROOM_BYTES);
-    int* places = (int*)(arrivals + 4) + threadIdx.x;
+    int* places = (int*)(arrivals + STAGES + 3) + threadIdx.x;
     {
         const Head head = heads[0];
         const KeyWalk walk{nullptr, head, nullptr};
@@ -47,7 +47,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
             places[i * WARPS * 32] = head.words ? at : -1;
         }
     }
-    if (threadIdx.x < STAGES) begin_arrival(shared_address(arrivals + threadIdx.x));
+    if (threadIdx.x < STAGES + 3) begin_arrival(shared_address(arrivals + threadIdx.x), threadIdx.x < STAGES ? 1 : WARPS);
+    const u32 meeting = shared_address(arrivals + STAGES);
     show_to_products();
     __syncthreads();
     auto push = [&](int slot, int key_entry, int value_entry, bool present) {
@@ -91,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     }
     if (warp < 2) {
         await_page(0);
-        convert_scales(alphas_of_page, stages + STAGE - 2 * 512, heads);
+        convert_scales(alphas_of_page, stages + STAGE - 2 * 512, heads, warp);
     }
     show_to_products();
     __syncthreads();
@@ -107,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 #pragma unroll 1
     for (int page = split_first; page < last; page++, slot = slot == STAGES - 1 ? 0 : slot + 1) {
         const int number = page - split_first, of_round = number % 8;
-        const Found found(found_both + number / 8 % 2 * FOUND_BYTES);
+        const Found found(found_both + number / 8 % 2 * FOUND_BYTES), other(found_both + (number / 8 + 1) % 2 * FOUND_BYTES);
         const u8* stage = stages + slot * STAGE;
         Logits x;
         float found_of[OWN];
@@ -127,16 +128,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         const float top = fmaxf(join_lanes(found_of, larger), LOWEST / 2);  // above LOWEST: no token weighs 0
         const int mine = of_round * ROWS + own_slot;
         if (g < OWN) atomicMax(found.top + mine, ordered(ceilf(top)));
-        __syncthreads();
-        // All warps are done with the page before.
-        push(slot ? slot - 1 : STAGES - 1, next_key, next_value, page + STAGES - 1 < last);
-        next_key = key_entry(page + STAGES);
-        next_value = value_entry(page + STAGES);
-        if (of_round == 0) {
-            if (number) take_round(Found(found_both + (number / 8 + 1) % 2 * FOUND_BYTES), totals, 8);
-            __syncthreads();
-            Found(found_both + (number / 8 + 1) % 2 * FOUND_BYTES).clear();
-        }
+        arrive_warp(meeting);
+        if (number) sum_weights(of_round ? found.weight + (of_round - 1) * ROWS : other.weight + 7 * ROWS, weights);
+        await_arrival(meeting, number & 1);
         const float4 alphas = load_alphas(alphas_of_page + PAGE);
         float totals_of[OWN];
         const float own_top = found.page_top(of_round, own_slot);
@@ -157,7 +151,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
             found.totals[mine * WARPS + warp] = total;
             atomicMax(found.most + mine, __float_as_int(most));
         }
-        __syncthreads();
+        arrive_warp(meeting + 8);
+        // All warps are done with the page before.
+        push(slot ? slot - 1 : STAGES - 1, next_key, next_value, page + STAGES - 1 < last);
+        next_key = key_entry(page + STAGES);
+        next_value = value_entry(page + STAGES);
+        await_arrival(meeting + 8, number & 1);
+        if (of_round == 0 && number) take_round(other, totals, 8);
         const float largest = __int_as_float(found.most[mine]);
         const float inverse = weights_a_unit(largest);
         // Of step 4 (warp % 2) + g % 4, the half g / 4 and the bytes of lanes t = warp / 2.
@@ -174,22 +174,26 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         }
         if (warp == 0) room.make(found, of_round);
         await_copies<STAGES - 2>();  // the next page is there
-        if (warp < 2 && page + 1 < last) {
+        if ((warp == 1 || warp == 2) && page + 1 < last) {
             await_page(number + 1);
-            convert_scales(alphas_of_page, stages + (slot == STAGES - 1 ? 0 : slot + 1) * STAGE + STAGE - 2 * 512, heads);
+            convert_scales(alphas_of_page, stages + (slot == STAGES - 1 ? 0 : slot + 1) * STAGE + STAGE - 2 * 512, heads, warp - 1);
         }
         show_to_products();
-        __syncthreads();
-        sum_weights(found.weight + of_round * ROWS, weights);
-        if (*room.grows) {
-            float factor[OWN];
-            load_own(factor, room.factor);
-            sum.scale(factor);
-        }
+        arrive_warp(meeting + 16);
 #pragma unroll
         for (int k = 0; k < VALUE_WORDS; k++)
-            sum.add(k, choices, stage + KEY_BYTES + (warp * VALUE_WORDS + k) * PIECE, weight_columns, room.unit);
+            sum.add(k, choices, stage + KEY_BYTES + (warp * VALUE_WORDS + k) * PIECE, weight_columns, room.unit, [&] {
+                if (k) return;
+                await_arrival(meeting + 16, number & 1);
+                if (of_round == 0) other.clear();
+                if (*room.grows) {
+                    float factor[OWN];
+                    load_own(factor, room.factor);
+                    sum.scale(factor);
+                }
+            });
     }
+    sum_weights(Found(found_both + (last - 1 - split_first) / 8 % 2 * FOUND_BYTES).weight + (last - 1 - split_first) % 8 * ROWS, weights);
     __syncthreads();
     const int done = last - split_first;
     take_round(Found(found_both + (done - 1) / 8 % 2 * FOUND_BYTES), totals, (done - 1) % 8 + 1);

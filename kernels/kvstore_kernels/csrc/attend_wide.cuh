@@ -40,7 +40,6 @@ struct Bytes {
             const int step = part * 4 + i;
             steps[i] = {choices.bytes_of(words.x, step), choices.bytes_of(words.y, step), choices.bytes_of(words.z, step), choices.bytes_of(words.w, step)};
         }
-        begin_products();
     }
 };
 
@@ -138,17 +137,16 @@ __device__ __forceinline__ float of_row(float v, int i) {
 // This lane's logits, of rows row_of(t, i) and tokens 32 (g % 4 + 4 c) + 4 warp + 2 (g / 4) + j, at [c][i + OWN j]
 typedef float Logits[2][2][OWN];
 
-// The scales of a page's keys and of its values as floats, [WARPS][8 g][2 c][2 j] each; the first warp makes those of keys, of the
-// 16 bytes that each lane has asked for, the second those of values.
-__device__ __forceinline__ void convert_scales(float* alphas, const u8* halves, const Head* heads) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const uint4 pairs = *(const uint4*)(halves + warp * 512 + lane * 16);
+// The scales of a page's keys and of its values as floats, [WARPS][8 g][2 c][2 j] each, by a warp those of one.
+__device__ __forceinline__ void convert_scales(float* alphas, const u8* halves, const Head* heads, int of_values) {
+    const int lane = threadIdx.x & 31;
+    const uint4 pairs = *(const uint4*)(halves + of_values * 512 + lane * 16);
     const u32 own[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
-    const bool stored = heads[warp].stored;
-    alphas += warp * PAGE + (lane & 3) * 64 + (lane >> 2 & 3) * 4 + (lane >> 4) * 2;
+    const bool stored = heads[of_values].stored;
+    alphas += of_values * PAGE + (lane & 3) * 64 + (lane >> 2 & 3) * 4 + (lane >> 4) * 2;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const u32 pair = warp ? clamp_halves(own[i]) : own[i];
+        const u32 pair = of_values ? clamp_halves(own[i]) : own[i];
         *(float2*)(alphas + (i >> 1) * 32 + (i & 1) * 16) = stored ? make_float2(low_half(pair), high_half(pair)) : make_float2(0, 0);
     }
 }
@@ -178,6 +176,7 @@ __device__ __forceinline__ void score_page(Logits& x, const Choices& choices, co
             for (int part = 0; part < 2; part++) {
                 if (LOW_BITS ? c + u + part : c + u) await_products<1 - (LOW_BITS != 0)>();  // its registers take these bytes
                 const Bytes a(choices, words, part);
+                begin_products();
 #pragma unroll
                 for (int i = 0; i < 4; i++)
                     product_signed(sums[c], a.steps[i], queries + (u * 8 + part * 4 + i) * (COLUMN_BYTES(QUERY_COLUMNS) >> 4), !(u || part || i));
@@ -253,8 +252,9 @@ struct WideSums {
         for (int i = 0; i < VALUE_WORDS * 4 * OWN; i++) rows[i / (4 * OWN)][i / (2 * OWN) % 2][i / OWN % 2][i % OWN] *= factor[i % OWN];
     }
 
-    // Adds word k of this warp's, whose bits are at `values`.
-    __device__ __forceinline__ void add(int k, const Choices& choices, const u8* values, u64 weights, const float* units) {
+    // Adds word k of this warp's, whose bits are at `values`; calls `ready` once the first bits are bytes.
+    template <class Ready>
+    __device__ __forceinline__ void add(int k, const Choices& choices, const u8* values, u64 weights, const float* units, Ready ready) {
         int sums[2][WEIGHT_COLUMNS / 2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -263,6 +263,8 @@ struct WideSums {
             for (int part = 0; part < 2; part++) {
                 if (half) await_products<1>();
                 const Bytes a(choices, words, part);
+                if (!(half || part)) ready();
+                begin_products();
 #pragma unroll
                 for (int i = 0; i < 4; i++)
                     product_unsigned(sums[half], a.steps[i], weights + (part * 4 + i) * (COLUMN_BYTES(WEIGHT_COLUMNS) >> 4), !(part || i));
