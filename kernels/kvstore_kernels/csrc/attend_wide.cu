@@ -4,6 +4,9 @@
 // Grid and arguments: attend.cu's. sm_90a.
 #include "attend_wide.cuh"
 #include "bulk.cuh"
+#ifndef EARLY
+#define EARLY 0
+#endif
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     attend_wide(const u8* __restrict__ key_slab, const int* __restrict__ key_table, const u8* __restrict__ value_slab,
@@ -130,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         if (g < OWN) atomicMax(found.top + mine, ordered(ceilf(top)));
         arrive_warp(meeting);
         if (number) sum_weights(of_round ? found.weight + (of_round - 1) * ROWS : other.weight + 7 * ROWS, weights);
-        await_arrival(meeting, number & 1);
+        meet(meeting, number & 1);
         const float4 alphas = load_alphas(alphas_of_page + PAGE);
         float totals_of[OWN];
         const float own_top = found.page_top(of_round, own_slot);
@@ -152,11 +155,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
             atomicMax(found.most + mine, __float_as_int(most));
         }
         arrive_warp(meeting + 8);
-        // All warps are done with the page before.
-        push(slot ? slot - 1 : STAGES - 1, next_key, next_value, page + STAGES - 1 < last);
-        next_key = key_entry(page + STAGES);
-        next_value = value_entry(page + STAGES);
-        await_arrival(meeting + 8, number & 1);
+        if (EARLY) {
+                push(slot ? slot - 1 : STAGES - 1, next_key, next_value, page + STAGES - 1 < last);
+                next_key = key_entry(page + STAGES);
+                next_value = value_entry(page + STAGES);
+        }
+        meet(meeting + 8, number & 1);
         if (of_round == 0 && number) take_round(other, totals, 8);
         const float largest = __int_as_float(found.most[mine]);
         const float inverse = weights_a_unit(largest);
@@ -173,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
             if (WEIGHT_HALVES > 1) *(u32*)(at + ROWS / 8 * 128) = bytes_at(w, 1);
         }
         if (warp == 0) room.make(found, of_round);
-        await_copies<STAGES - 2>();  // the next page is there
+        await_copies<STAGES - 3 + EARLY>();  // the next page is there
         if ((warp == 1 || warp == 2) && page + 1 < last) {
             await_page(number + 1);
             convert_scales(alphas_of_page, stages + (slot == STAGES - 1 ? 0 : slot + 1) * STAGE + STAGE - 2 * 512, heads, warp - 1);
@@ -184,7 +188,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         for (int k = 0; k < VALUE_WORDS; k++)
             sum.add(k, choices, stage + KEY_BYTES + (warp * VALUE_WORDS + k) * PIECE, weight_columns, room.unit, [&] {
                 if (k) return;
-                await_arrival(meeting + 16, number & 1);
+                meet(meeting + 16, number & 1);
+                // All warps are done with the page before. Not earlier: the fence would wait for these copies.
+                if (!EARLY) {
+                push(slot ? slot - 1 : STAGES - 1, next_key, next_value, page + STAGES - 1 < last);
+                next_key = key_entry(page + STAGES);
+                next_value = value_entry(page + STAGES);
+                }
                 if (of_round == 0) other.clear();
                 if (*room.grows) {
                     float factor[OWN];

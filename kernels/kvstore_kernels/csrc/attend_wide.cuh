@@ -178,7 +178,7 @@ __device__ __forceinline__ void score_page(Logits& x, const Choices& choices, co
                 const Bytes a(choices, words, part);
                 begin_products();
 #pragma unroll
-                for (int i = 0; i < 4; i++)
+                for (int i = 0; i < ((DIAG & 1) ? 1 : 4); i++)
                     product_signed(sums[c], a.steps[i], queries + (u * 8 + part * 4 + i) * (COLUMN_BYTES(QUERY_COLUMNS) >> 4), !(u || part || i));
                 close_products();
             }
@@ -266,7 +266,7 @@ struct WideSums {
                 if (!(half || part)) ready();
                 begin_products();
 #pragma unroll
-                for (int i = 0; i < 4; i++)
+                for (int i = 0; i < ((DIAG & 2) ? 1 : 4); i++)
                     product_unsigned(sums[half], a.steps[i], weights + (part * 4 + i) * (COLUMN_BYTES(WEIGHT_COLUMNS) >> 4), !(part || i));
                 close_products();
             }

@@ -1,5 +1,8 @@
-// Copies to shared memory of many bytes by one thread, and waits that begin before they have to end. sm_90.
 #pragma once
+#ifndef SYNC
+#define SYNC 0
+#endif
+// Copies to shared memory of many bytes by one thread, and waits that begin before they have to end. sm_90.
 #include "ptx.cuh"
 
 // An arrival is a 64-bit barrier in shared memory; it ends a phase when `count` threads have come and what they announced is there.
@@ -9,6 +12,7 @@ __device__ __forceinline__ void begin_arrival(u32 arrival, int count) {
 
 // By a warp, whose one thread comes for all: what they wrote to shared memory is there for who awaits the phase.
 __device__ __forceinline__ void arrive_warp(u32 arrival) {
+    if (SYNC) return;
     __syncwarp();
     if ((threadIdx.x & 31) == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _,[%0];" ::"r"(arrival) : "memory");
 }
@@ -32,4 +36,8 @@ __device__ __forceinline__ void await_arrival(u32 arrival, u32 phase) {
                  "@!p bra again%=;}" ::"r"(arrival),
                  "r"(phase)
                  : "memory");
+}
+
+__device__ __forceinline__ void meet(u32 arrival, u32 phase) {
+    if (SYNC) __syncthreads(); else await_arrival(arrival, phase);
 }

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from math import log
-import os
 
 import torch
 from torch import Tensor
@@ -37,7 +36,8 @@ def macros(
     keys: Expansion, values: Expansion, key_basis: DeviceExpansion, value_basis: DeviceExpansion, rows: int, *,
     soft_cap: bool, debias: bool,
 ) -> build.Macros:  # fmt: skip
-    """The specialisation for `rows` query rows a KV head, as many in one pass as fit; with STAGES attend_many.cu's."""
+    """The specialisation for `rows` query rows a KV head, as many in one pass as fit; with STAGES attend_many.cu's, with
+    WARPGROUPS attend_wide.cu's."""
     value_words = max(1, -(-value_basis.words // WARPS))
     m = {
         "UNITS": key_basis.units.shape[1],
@@ -52,8 +52,7 @@ def macros(
         "DEBIAS": int(debias),
     }
     memory = build.shared_memory_bytes(key_basis.matrix.device)
-    if rows >= MANY_ROWS:
-        kind = {"WARPGROUPS": 1} if build.has_warpgroups(key_basis.matrix.device) and os.environ.get("WIDE", "1") == "1" else {}
+    for kind in _many_kinds(key_basis.matrix.device) if rows >= MANY_ROWS else ():
         if (many := _placed_many({**m, **kind}, rows, memory)) is not None:
             return many
     tiles = row_tiles(rows)
@@ -82,13 +81,14 @@ def variants(
     """For any number of query rows, without a soft cap."""
     key_basis, value_basis = (on_device(expansion, torch.device("cpu")) for expansion in (keys, values))
     for tiles in ROW_TILES:
-        m = macros(keys, values, key_basis, value_basis, TILE_ROWS * tiles, soft_cap=False, debias=debias)
+        rows = TILE_ROWS * tiles
+        m = macros(keys, values, key_basis, value_basis, rows, soft_cap=False, debias=debias)
+        merging = merge_macros(m, values.layout.head_dim, dtype, rows)
         if m["ROW_TILES"] == tiles:
-            merging = merge_macros(m, values.layout.head_dim, dtype, TILE_ROWS * tiles)
             yield name_of(m), m, shared_bytes(m)
-            yield "merge", merging, 4 * value_basis.width * merging["ROWS"]
-            if merging["ROWS"] > 1:
-                yield "merge_splits", merge_splits_macros(m), 0
+        yield "merge", merging, 4 * value_basis.width * merging["ROWS"]
+        if merging["ROWS"] > 1:
+            yield "merge_splits", merge_splits_macros(m), 0
 
 
 def _placed(m: build.Macros, tiles: int, memory: int) -> build.Macros | None:
@@ -102,14 +102,21 @@ def _placed(m: build.Macros, tiles: int, memory: int) -> build.Macros | None:
     return None
 
 
+def _many_kinds(device: torch.device) -> Iterator[build.Macros]:
+    """What tells the kernels for many rows apart, the faster first."""
+    if build.has_warpgroups(device):
+        yield {"WARPGROUPS": 1}
+    yield {}
+
+
 def _placed_many(m: build.Macros, rows: int, memory: int) -> build.Macros | None:
-    """`m` for attend_many.cu; None where that cannot be or would not fit."""
+    """`m` for attend_wide.cu or attend_many.cu; None where that cannot be or would not fit."""
     simple = m["KEY_GROUPS"] == m["VALUE_GROUPS"] == 1 and not (m["KEY_OFFSETS"] or m["VALUE_OFFSETS"])
     if not simple or m["UNITS"] * 8 * WORD_ROWS << m["PLANES"] - 1 >= EXACT_SUM:
         return None
     tiles = 8 if rows > BLOCK_ROWS and 8 * m["VALUE_WORDS"] <= MANY_SUMS_MOST else 4
     light = tiles * m["VALUE_WORDS"] <= (8 if m["WEIGHT_PLANES"] == 8 else 4)
-    for blocks, stages in ((2, 3), (2, 2), (1, 3), (1, 2)):
+    for blocks, stages in ((2, 3), (1, 3)) if "WARPGROUPS" in m else ((2, 3), (2, 2), (1, 3), (1, 2)):
         most = memory // blocks - RESERVED_BYTES * (3 - blocks)
         placed = {**m, "ROW_TILES": tiles, "BLOCKS": blocks, "STAGES": stages}
         if tiles * m["VALUE_WORDS"] <= MANY_SUMS_MOST and (blocks == 1 or light) and shared_bytes(placed) <= most:
