@@ -30,14 +30,17 @@ struct Choices {
     }
 };
 
-// Four words as A operands of four steps.
+#ifndef PART
+#define PART 4
+#endif
+// Four words as A operands of PART steps.
 struct Bytes {
-    uint4 steps[4];
+    uint4 steps[PART];
 
     __device__ __forceinline__ Bytes(const Choices& choices, uint4 words, int part) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int step = part * 4 + i;
+        for (int i = 0; i < PART; i++) {
+            const int step = part * PART + i;
             steps[i] = {choices.bytes_of(words.x, step), choices.bytes_of(words.y, step), choices.bytes_of(words.z, step), choices.bytes_of(words.w, step)};
         }
     }
@@ -173,13 +176,13 @@ __device__ __forceinline__ void score_page(Logits& x, const Choices& choices, co
             const uint4 words = {*(const u32*)(unit + first), *(const u32*)(unit + (first ^ 8)), *(const u32*)(unit + PIECE / 2 + first),
                                  *(const u32*)(unit + PIECE / 2 + (first ^ 8))};
 #pragma unroll
-            for (int part = 0; part < 2; part++) {
-                if (LOW_BITS ? c + u + part : c + u) await_products<1 - (LOW_BITS != 0)>();  // its registers take these bytes
+            for (int part = 0; part < 8 / PART; part++) {
+                if (LOW_BITS || PART == 8 ? c + u + part : c + u) await_products<LOW_BITS == 0 && PART == 4>();  // its registers take these bytes
                 const Bytes a(choices, words, part);
                 begin_products();
 #pragma unroll
-                for (int i = 0; i < ((DIAG & 1) ? 1 : 4); i++)
-                    product_signed(sums[c], a.steps[i], queries + (u * 8 + part * 4 + i) * (COLUMN_BYTES(QUERY_COLUMNS) >> 4), !(u || part || i));
+                for (int i = 0; i < ((DIAG & 1) ? 1 : PART); i++)
+                    product_signed(sums[c], a.steps[i], queries + (u * 8 + part * PART + i) * (COLUMN_BYTES(QUERY_COLUMNS) >> 4), !(u || part || i));
                 close_products();
             }
         }
@@ -260,20 +263,20 @@ struct WideSums {
         for (int half = 0; half < 2; half++) {
             const uint4 words = *(const uint4*)(values + half * (PIECE / 2) + (threadIdx.x & 31) * 16);
 #pragma unroll
-            for (int part = 0; part < 2; part++) {
-                if (half) await_products<1>();
+            for (int part = 0; part < 8 / PART; part++) {
+                if (half) await_products<(PART == 4)>();
                 const Bytes a(choices, words, part);
                 if (!(half || part)) ready();
                 begin_products();
 #pragma unroll
-                for (int i = 0; i < ((DIAG & 2) ? 1 : 4); i++)
-                    product_unsigned(sums[half], a.steps[i], weights + (part * 4 + i) * (COLUMN_BYTES(WEIGHT_COLUMNS) >> 4), !(part || i));
+                for (int i = 0; i < ((DIAG & 2) ? 1 : PART); i++)
+                    product_unsigned(sums[half], a.steps[i], weights + (part * PART + i) * (COLUMN_BYTES(WEIGHT_COLUMNS) >> 4), !(part || i));
                 close_products();
             }
         }
         float unit[OWN];
         load_own(unit, units);
-        await_products<2>(sums[0]);
+        await_products<8 / PART>(sums[0]);
         take(rows[k][0], sums[0], unit);
         await_products<0>(sums[1]);
         take(rows[k][1], sums[1], unit);
