@@ -118,11 +118,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         score_page(x, choices, stage, query_columns, row_constants, alphas_of_page, cap);
         if (page == page_first || page == page_end - 1) {
             const i64 start = (i64)page * PAGE;
-            const int from = (int)max(0ll, first - start), to = (int)min(end - start, (i64)PAGE);
+            const int from = (int)max(0ll, first - start), to = (int)min(end - start, (i64)PAGE), thread = thread_here();
 #pragma unroll
             for (int i = 0; i < 4 * OWN; i++) {
-                const int c = i / OWN / 2, j = i / OWN % 2;
-                x[c][j][i % OWN] = in_range(32 * (g % 4 + 4 * c) + 4 * warp + 2 * (g / 4) + j, from, to) ? x[c][j][i % OWN] : LOWEST;
+                const int c = i / OWN / 2, j = i / OWN % 2, token = 32 * ((thread >> 2 & 3) + 4 * c) + 4 * (thread >> 5) + 2 * (thread >> 4 & 1) + j;
+                x[c][j][i % OWN] = in_range(token, from, to) ? x[c][j][i % OWN] : LOWEST;
             }
         }
         const auto larger = [](float a, float b) { return fmaxf(a, b); };

@@ -54,6 +54,13 @@ __device__ __forceinline__ int ordered(float v) {
 
 __device__ __forceinline__ float from_ordered(int v) { return __int_as_float(v < 0 ? v ^ 0x7fffffff : v); }
 
+// threadIdx.x, read where this stands: what is made of it takes no register through a loop.
+__device__ __forceinline__ int thread_here() {
+    int thread;
+    asm volatile("mov.u32 %0,%%tid.x;" : "=r"(thread));
+    return thread;
+}
+
 // A lane's rows have neighbouring slots.
 __device__ __forceinline__ int row_of(int t, int i) { return 8 * (i >> 1) + 2 * t + (i & 1); }
 __device__ __forceinline__ int row_of_slot(int slot) { return row_of(slot / OWN, slot % OWN); }
@@ -85,7 +92,7 @@ struct Found {
     __device__ __forceinline__ explicit Found(u8* shared) : top((int*)shared), most(top + ROUND), weight(most + ROUND), totals((float*)(weight + ROUND)) {}
 
     __device__ __forceinline__ void clear() const {
-        for (int i = threadIdx.x; i < ROUND; i += WARPS * 32) {
+        for (int i = thread_here(); i < ROUND; i += WARPS * 32) {
             top[i] = 1 << 31;
             most[i] = weight[i] = 0;
         }
@@ -142,7 +149,7 @@ typedef float Logits[2][2][OWN];
 
 // The scales of a page's keys and of its values as floats, [WARPS][8 g][2 c][2 j] each, by a warp those of one.
 __device__ __forceinline__ void convert_scales(float* alphas, const u8* halves, const Head* heads, int of_values) {
-    const int lane = threadIdx.x & 31;
+    const int lane = thread_here() & 31;
     const uint4 pairs = *(const uint4*)(halves + of_values * 512 + lane * 16);
     const u32 own[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
     const bool stored = heads[of_values].stored;
@@ -219,7 +226,7 @@ struct Room {
 
     // By the first warp.
     __device__ __forceinline__ void make(const Found& found, int page) const {
-        const int slot = threadIdx.x;
+        const int slot = thread_here();
         bool grew = false;
         if (slot < ROWS) {
             const float page_top = found.page_top(page, slot), highest = fmaxf(top[slot], page_top), own = exp2_fast(top[slot] - highest);
@@ -331,7 +338,7 @@ __device__ __forceinline__ void sum_weights(int* of_row, const u8* weights) {
 
 // Takes in the totals of the first `present` pages of a round, by a lane for each page and row.
 __device__ __forceinline__ void take_round(const Found& found, Totals* totals, int present) {
-    const int page = threadIdx.x >> 2 & 7, slot = (threadIdx.x >> 5) * 4 + (threadIdx.x & 3);
+    const int thread = thread_here(), page = thread >> 2 & 7, slot = (thread >> 5) * 4 + (thread & 3);
     if (slot >= ROWS) return;
     float stats[STATS], unused[1];
     found.stats(stats, min(page, present - 1), slot);
