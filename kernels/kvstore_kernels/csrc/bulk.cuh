@@ -1,6 +1,6 @@
 #pragma once
 #ifndef SYNC
-#define SYNC 0
+#define SYNC 1
 #endif
 // Copies to shared memory of many bytes by one thread, and waits that begin before they have to end. sm_90.
 #include "ptx.cuh"
