@@ -30,17 +30,14 @@ struct Choices {
     }
 };
 
-#ifndef PART
-#define PART 4
-#endif
-// Four words as A operands of PART steps.
+// Four words as A operands of four steps.
 struct Bytes {
-    uint4 steps[PART];
+    uint4 steps[4];
 
     __device__ __forceinline__ Bytes(const Choices& choices, uint4 words, int part) {
 #pragma unroll
-        for (int i = 0; i < PART; i++) {
-            const int step = part * PART + i;
+        for (int i = 0; i < 4; i++) {
+            const int step = part * 4 + i;
             steps[i] = {choices.bytes_of(words.x, step), choices.bytes_of(words.y, step), choices.bytes_of(words.z, step), choices.bytes_of(words.w, step)};
         }
     }
@@ -115,15 +112,21 @@ struct Found {
 };
 #define FOUND_BYTES (ROUND * 4 * (3 + WARPS))
 
-// Of the OWN rows that eight lanes g have in common, joined over them: lane g % OWN gets row g's. Lanes g and g ^ 1 are joined
-// first.
+// Of rows that eight lanes g have in common, joined over them, lanes g and g ^ 1 first: lane g % OWN gets row g's. A pair of
+// rows: lane g keeps row g % 2 of it.
 template <class Join>
-__device__ __forceinline__ float join_lanes(const float (&v)[OWN], Join join) {
-    float left[OWN];
+__device__ __forceinline__ float join_pair(float even, float odd, Join join) {
+    const bool upper = threadIdx.x >> 2 & 1;
+    return join(upper ? odd : even, __shfl_xor_sync(ALL_LANES, upper ? even : odd, 4));
+}
+
+template <class Join>
+__device__ __forceinline__ float join_pairs(const float (&pairs)[OWN / 2], Join join) {
+    float left[OWN / 2];
 #pragma unroll
-    for (int i = 0; i < OWN; i++) left[i] = v[i];
+    for (int i = 0; i < OWN / 2; i++) left[i] = pairs[i];
 #pragma unroll
-    for (int level = 0; level < 3; level++) {
+    for (int level = 1; level < 3; level++) {
         const int count = OWN >> level;
         const bool upper = threadIdx.x >> 2 + level & 1;
         if (count > 1) {
@@ -183,13 +186,13 @@ __device__ __forceinline__ void score_page(Logits& x, const Choices& choices, co
             const uint4 words = {*(const u32*)(unit + first), *(const u32*)(unit + (first ^ 8)), *(const u32*)(unit + PIECE / 2 + first),
                                  *(const u32*)(unit + PIECE / 2 + (first ^ 8))};
 #pragma unroll
-            for (int part = 0; part < 8 / PART; part++) {
-                if (LOW_BITS || PART == 8 ? c + u + part : c + u) await_products<LOW_BITS == 0 && PART == 4>();  // its registers take these bytes
+            for (int part = 0; part < 2; part++) {
+                if (LOW_BITS ? c + u + part : c + u) await_products<LOW_BITS == 0>();  // its registers take these bytes
                 const Bytes a(choices, words, part);
                 begin_products();
 #pragma unroll
-                for (int i = 0; i < ((DIAG & 1) ? 1 : PART); i++)
-                    product_signed(sums[c], a.steps[i], queries + (u * 8 + part * PART + i) * (COLUMN_BYTES(QUERY_COLUMNS) >> 4), !(u || part || i));
+                for (int i = 0; i < 4; i++)
+                    product_signed(sums[c], a.steps[i], queries + (u * 8 + part * 4 + i) * (COLUMN_BYTES(QUERY_COLUMNS) >> 4), !(u || part || i));
                 close_products();
             }
         }
@@ -262,31 +265,29 @@ struct WideSums {
         for (int i = 0; i < VALUE_WORDS * 4 * OWN; i++) rows[i / (4 * OWN)][i / (2 * OWN) % 2][i / OWN % 2][i % OWN] *= factor[i % OWN];
     }
 
-    // Adds word k of this warp's, whose bits are at `values`; calls `ready` once the first bits are bytes.
-    template <class Ready>
-    __device__ __forceinline__ void add(int k, const Choices& choices, const u8* values, u64 weights, const float* units, Ready ready) {
-        int sums[2][WEIGHT_COLUMNS / 2];
+    // Adds word k of this warp's, whose bits are at `values`; does `meanwhile(i)`, i < 4, while products run.
+    template <class Meanwhile>
+    __device__ __forceinline__ void add(int k, const Choices& choices, const u8* values, u64 weights, const float* units, Meanwhile meanwhile) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
+            int sums[WEIGHT_COLUMNS / 2];
             const uint4 words = *(const uint4*)(values + half * (PIECE / 2) + (threadIdx.x & 31) * 16);
 #pragma unroll
-            for (int part = 0; part < 8 / PART; part++) {
-                if (half) await_products<(PART == 4)>();
+            for (int part = 0; part < 2; part++) {
                 const Bytes a(choices, words, part);
-                if (!(half || part)) ready();
                 begin_products();
 #pragma unroll
-                for (int i = 0; i < ((DIAG & 2) ? 1 : PART); i++)
-                    product_unsigned(sums[half], a.steps[i], weights + (part * PART + i) * (COLUMN_BYTES(WEIGHT_COLUMNS) >> 4), !(part || i));
+                for (int i = 0; i < 4; i++)
+                    product_unsigned(sums, a.steps[i], weights + (part * 4 + i) * (COLUMN_BYTES(WEIGHT_COLUMNS) >> 4), !(part || i));
                 close_products();
+                meanwhile(half * 2 + part);
+                if (part) await_products<0>(sums);
+                else await_products<0>();
             }
+            float unit[OWN];
+            load_own(unit, units);
+            take(rows[k][half], sums, unit);
         }
-        float unit[OWN];
-        load_own(unit, units);
-        await_products<8 / PART>(sums[0]);
-        take(rows[k][0], sums[0], unit);
-        await_products<0>(sums[1]);
-        take(rows[k][1], sums[1], unit);
     }
 
     // As Sums::store; `totals` [ROWS slots].

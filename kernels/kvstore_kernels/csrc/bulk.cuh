@@ -1,20 +1,10 @@
 #pragma once
-#ifndef SYNC
-#define SYNC 1
-#endif
-// Copies to shared memory of many bytes by one thread, and waits that begin before they have to end. sm_90.
+// Copies to shared memory of many bytes by one thread, and their arrival. sm_90.
 #include "ptx.cuh"
 
-// An arrival is a 64-bit barrier in shared memory; it ends a phase when `count` threads have come and what they announced is there.
-__device__ __forceinline__ void begin_arrival(u32 arrival, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(arrival), "r"(count) : "memory");
-}
-
-// By a warp, whose one thread comes for all: what they wrote to shared memory is there for who awaits the phase.
-__device__ __forceinline__ void arrive_warp(u32 arrival) {
-    if (SYNC) return;
-    __syncwarp();
-    if ((threadIdx.x & 31) == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _,[%0];" ::"r"(arrival) : "memory");
+// An arrival is a 64-bit barrier in shared memory; it ends a phase when what was announced is there.
+__device__ __forceinline__ void begin_arrival(u32 arrival) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0],1;" ::"r"(arrival) : "memory");
 }
 
 // By the thread that copies, before it does.
@@ -36,8 +26,4 @@ __device__ __forceinline__ void await_arrival(u32 arrival, u32 phase) {
                  "@!p bra again%=;}" ::"r"(arrival),
                  "r"(phase)
                  : "memory");
-}
-
-__device__ __forceinline__ void meet(u32 arrival, u32 phase) {
-    if (SYNC) __syncthreads(); else await_arrival(arrival, phase);
 }

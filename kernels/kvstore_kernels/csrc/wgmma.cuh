@@ -7,17 +7,11 @@
 #pragma once
 #include "ptx.cuh"
 
-#ifndef PAD
-#define PAD 16
-#endif
-#ifndef DIAG
-#define DIAG 0
-#endif
-#define HALF_BYTES(N) ((N) * 16 + PAD)
+#define HALF_BYTES(N) ((N) * 16 + 16)
 #define COLUMN_BYTES(N) (2 * HALF_BYTES(N))  // of all columns of a B
 
 // Of this thread's writes to shared memory, before the barrier after which products read them.
-__device__ __forceinline__ void show_to_products() { if (!(DIAG & 4)) asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Before the first product after A or C have changed.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
