@@ -31,10 +31,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     if (threadIdx.x < ROWS) {
         totals[threadIdx.x].clear();
         room.top[threadIdx.x] = LOWEST;
-        room.unit[threadIdx.x] = 0;
     }
-    if (threadIdx.x == 0) *room.grows = 0;
-    for (int i = threadIdx.x; i < ALL_WEIGHTS / 16; i += WARPS * 32) ((uint4*)weights)[i] = {0, 0, 0, 0};  // of no page
     if (threadIdx.x < 2) heads[threadIdx.x] = (threadIdx.x ? value_heads : key_heads)[h];
     __syncthreads();
 
@@ -103,7 +100,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     asm volatile("{.reg .u32 n; mov.u32 n,%%smid; shr.u32 %0,n,20;}" : "=r"(nothing));
     const Choices choices(nothing);
     const u64 query_columns = columns_at<QUERY_COLUMNS>(shared_address(queries)), weight_columns = columns_at<WEIGHT_COLUMNS>(shared_address(weights));
-    const auto add = [](float a, float b) { return a + b; };
     WideSums sum;
     sum.clear();
     const int own_slot = t * OWN + g % OWN;
@@ -114,6 +110,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         const Found found(found_both + number / 8 % 2 * FOUND_BYTES), other(found_both + (number / 8 + 1) % 2 * FOUND_BYTES);
         const u8* stage = stages + slot * STAGE;
         Logits x;
+        float found_of[OWN];
         score_page(x, choices, stage, query_columns, row_constants, alphas_of_page, cap);
         if (page == page_first || page == page_end - 1) {
             const i64 start = (i64)page * PAGE;
@@ -125,62 +122,34 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
             }
         }
         const auto larger = [](float a, float b) { return fmaxf(a, b); };
-        float pairs[OWN / 2], most_of[OWN / 2];
 #pragma unroll
-        for (int i = 0; i < OWN; i += 2) {
-            float top[2];
-#pragma unroll
-            for (int e = 0; e < 2; e++) top[e] = fmaxf(fmaxf(x[0][0][i + e], x[0][1][i + e]), fmaxf(x[1][0][i + e], x[1][1][i + e]));
-            pairs[i / 2] = join_pair(top[0], top[1], larger);
-        }
-        const float top = fmaxf(join_pairs(pairs, larger), LOWEST / 2);  // above LOWEST: no token weighs 0
+        for (int i = 0; i < OWN; i++) found_of[i] = fmaxf(fmaxf(x[0][0][i], x[0][1][i]), fmaxf(x[1][0][i], x[1][1][i]));
+        const float top = fmaxf(join_lanes(found_of, larger), LOWEST / 2);  // above LOWEST: no token weighs 0
         const int mine = of_round * ROWS + own_slot;
         if (g < OWN) atomicMax(found.top + mine, ordered(ceilf(top)));
+        if (number) sum_weights((of_round ? found : other).weight + (of_round + 7) % 8 * ROWS, weights);  // of the page before
         __syncthreads();
-        // The largest logits of this page are known, and the weights of the one before, which has been left to be added.
-        sum_weights((of_round ? found : other).weight + (of_round + 7) % 8 * ROWS, weights);
-        if (*room.grows) {
-            float factor[OWN];
-            load_own(factor, room.factor);
-            sum.scale(factor);
-        }
-        if (warp == 1 && page + 1 < last) {
-            await_page(number + 1);
-            convert_scales(alphas_of_page, stages + (slot == STAGES - 1 ? 0 : slot + 1) * STAGE + STAGE - 2 * 512, heads, 0);
-        }
         const float4 alphas = load_alphas(alphas_of_page + PAGE);
+        float totals_of[OWN];
         const float own_top = found.page_top(of_round, own_slot);
-        const u8* values = stages + (slot ? slot - 1 : STAGES - 1) * STAGE + KEY_BYTES + warp * VALUE_WORDS * PIECE;
 #pragma unroll
-        for (int k = 0; k < VALUE_WORDS; k++)
-            sum.add(k, choices, values + k * PIECE, weight_columns, room.unit, [&](int quarter) {
-                if (k || quarter >= OWN / 2) return;
-                float totals_of[2], largest[2];
+        for (int i = 0; i < OWN; i++) {
+            const float page_top = of_row(own_top, i);
 #pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const int i = 2 * quarter + e;
-                    const float page_top = of_row(own_top, i);
-#pragma unroll
-                    for (int n = 0; n < 4; n++) x[n / 2][n % 2][i] = exp2_fast(x[n / 2][n % 2][i] - page_top);
-                    totals_of[e] = (x[0][0][i] + x[1][0][i]) + (x[0][1][i] + x[1][1][i]);
-                    x[0][0][i] *= alphas.x;
-                    x[0][1][i] *= alphas.y;
-                    x[1][0][i] *= alphas.z;
-                    x[1][1][i] *= alphas.w;
-                    largest[e] = largest_of(x[0][0][i], x[0][1][i], x[1][0][i], x[1][1][i]);
-                }
-                pairs[quarter] = join_pair(totals_of[0], totals_of[1], add);
-                most_of[quarter] = join_pair(largest[0], largest[1], larger);
-            });
-        const float total = join_pairs(pairs, add), most = join_pairs(most_of, larger);
+            for (int n = 0; n < 4; n++) x[n / 2][n % 2][i] = exp2_fast(x[n / 2][n % 2][i] - page_top);
+            totals_of[i] = (x[0][0][i] + x[1][0][i]) + (x[0][1][i] + x[1][1][i]);
+            x[0][0][i] *= alphas.x;
+            x[0][1][i] *= alphas.y;
+            x[1][0][i] *= alphas.z;
+            x[1][1][i] *= alphas.w;
+            found_of[i] = largest_of(x[0][0][i], x[0][1][i], x[1][0][i], x[1][1][i]);
+        }
+        const float total = join_lanes(totals_of, [](float a, float b) { return a + b; }), most = join_lanes(found_of, larger);
         if (g < OWN) {
             found.totals[mine * WARPS + warp] = total;
             atomicMax(found.most + mine, __float_as_int(most));
         }
-        if (of_round == 1) other.clear();
-        await_copies<STAGES - 3>();  // the next page's keys are there
         __syncthreads();
-        // All warps are done with the page before.
         if (of_round == 0 && number) take_round(other, totals, 8);
         const float inverse = weights_a_unit(__int_as_float(found.most[mine]));
         // Of step 4 (warp % 2) + g % 4, the half g / 4 and the bytes of lanes t = warp / 2.
@@ -196,26 +165,30 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
             if (WEIGHT_HALVES > 1) *(u32*)(at + ROWS / 8 * 128) = bytes_at(w, 1);
         }
         if (warp == 0) room.make(found, of_round);
-        if (warp == 2 && page + 1 < last)
-            convert_scales(alphas_of_page, stages + (slot == STAGES - 1 ? 0 : slot + 1) * STAGE + STAGE - 2 * 512, heads, 1);
+        await_copies<STAGES - 3>();  // the next page is there
+        if ((warp == 1 || warp == 2) && page + 1 < last) {
+            await_page(number + 1);
+            convert_scales(alphas_of_page, stages + (slot == STAGES - 1 ? 0 : slot + 1) * STAGE + STAGE - 2 * 512, heads, warp - 1);
+        }
         show_to_products();
-        // Not earlier: the fence would wait for these copies.
+        __syncthreads();
+        // All warps are done with the page before. Not earlier: the fence would wait for these copies.
         push(slot ? slot - 1 : STAGES - 1, next_key, next_value, page + STAGES - 1 < last);
         next_key = key_entry(page + STAGES);
         next_value = value_entry(page + STAGES);
+        if (of_round == 0) other.clear();
+        if (*room.grows) {
+            float factor[OWN];
+            load_own(factor, room.factor);
+            sum.scale(factor);
+        }
+#pragma unroll
+        for (int k = 0; k < VALUE_WORDS; k++)
+            sum.add(k, choices, stage + KEY_BYTES + (warp * VALUE_WORDS + k) * PIECE, weight_columns, room.unit);
     }
-    __syncthreads();
     const int done = last - split_first;
     const Found found(found_both + (done - 1) / 8 % 2 * FOUND_BYTES);
     sum_weights(found.weight + (done - 1) % 8 * ROWS, weights);
-    if (*room.grows) {
-        float factor[OWN];
-        load_own(factor, room.factor);
-        sum.scale(factor);
-    }
-#pragma unroll
-    for (int k = 0; k < VALUE_WORDS; k++)
-        sum.add(k, choices, stages + (slot ? slot - 1 : STAGES - 1) * STAGE + KEY_BYTES + (warp * VALUE_WORDS + k) * PIECE, weight_columns, room.unit, [](int) {});
     __syncthreads();
     take_round(found, totals, (done - 1) % 8 + 1);
     __syncthreads();

@@ -112,21 +112,15 @@ struct Found {
 };
 #define FOUND_BYTES (ROUND * 4 * (3 + WARPS))
 
-// Of rows that eight lanes g have in common, joined over them, lanes g and g ^ 1 first: lane g % OWN gets row g's. A pair of
-// rows: lane g keeps row g % 2 of it.
+// Of the OWN rows that eight lanes g have in common, joined over them: lane g % OWN gets row g's. Lanes g and g ^ 1 are joined
+// first.
 template <class Join>
-__device__ __forceinline__ float join_pair(float even, float odd, Join join) {
-    const bool upper = threadIdx.x >> 2 & 1;
-    return join(upper ? odd : even, __shfl_xor_sync(ALL_LANES, upper ? even : odd, 4));
-}
-
-template <class Join>
-__device__ __forceinline__ float join_pairs(const float (&pairs)[OWN / 2], Join join) {
-    float left[OWN / 2];
+__device__ __forceinline__ float join_lanes(const float (&v)[OWN], Join join) {
+    float left[OWN];
 #pragma unroll
-    for (int i = 0; i < OWN / 2; i++) left[i] = pairs[i];
+    for (int i = 0; i < OWN; i++) left[i] = v[i];
 #pragma unroll
-    for (int level = 1; level < 3; level++) {
+    for (int level = 0; level < 3; level++) {
         const int count = OWN >> level;
         const bool upper = threadIdx.x >> 2 + level & 1;
         if (count > 1) {
@@ -265,29 +259,29 @@ struct WideSums {
         for (int i = 0; i < VALUE_WORDS * 4 * OWN; i++) rows[i / (4 * OWN)][i / (2 * OWN) % 2][i / OWN % 2][i % OWN] *= factor[i % OWN];
     }
 
-    // Adds word k of this warp's, whose bits are at `values`; does `meanwhile(i)`, i < 4, while products run.
-    template <class Meanwhile>
-    __device__ __forceinline__ void add(int k, const Choices& choices, const u8* values, u64 weights, const float* units, Meanwhile meanwhile) {
+    // Adds word k of this warp's, whose bits are at `values`.
+    __device__ __forceinline__ void add(int k, const Choices& choices, const u8* values, u64 weights, const float* units) {
+        int sums[2][WEIGHT_COLUMNS / 2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            int sums[WEIGHT_COLUMNS / 2];
             const uint4 words = *(const uint4*)(values + half * (PIECE / 2) + (threadIdx.x & 31) * 16);
 #pragma unroll
             for (int part = 0; part < 2; part++) {
+                if (half) await_products<1>();
                 const Bytes a(choices, words, part);
                 begin_products();
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    product_unsigned(sums, a.steps[i], weights + (part * 4 + i) * (COLUMN_BYTES(WEIGHT_COLUMNS) >> 4), !(part || i));
+                    product_unsigned(sums[half], a.steps[i], weights + (part * 4 + i) * (COLUMN_BYTES(WEIGHT_COLUMNS) >> 4), !(part || i));
                 close_products();
-                meanwhile(half * 2 + part);
-                if (part) await_products<0>(sums);
-                else await_products<0>();
             }
-            float unit[OWN];
-            load_own(unit, units);
-            take(rows[k][half], sums, unit);
         }
+        float unit[OWN];
+        load_own(unit, units);
+        await_products<2>(sums[0]);
+        take(rows[k][0], sums[0], unit);
+        await_products<0>(sums[1]);
+        take(rows[k][1], sums[1], unit);
     }
 
     // As Sums::store; `totals` [ROWS slots].
