@@ -57,12 +57,17 @@ __device__ __forceinline__ uint4 fragment(const u8* fragments, int number) {
 struct QueryBytes {
     u8* fragments;
 
-    __device__ __forceinline__ void put(int row, int unit, int slot, int integer) const {
+    template <int COUNT>
+    __device__ __forceinline__ void put(int row, int unit, int first, const int (&integers)[COUNT]) const {
         const int bit = threadIdx.x & 31, step = bit / 16 * 4 + bit % 4, byte = bit / 4 % 4;
-        const int at = ((unit * ROW_BLOCKS + row / BLOCK_ROWS) * 8 + step) * FRAGMENT + ((row & 7) * 4 + (slot & 3)) * 16 +
-                       ((slot >> 2) * 2 + (row >> 3 & 1)) * 4 + byte;
-        fragments[at] = (u8)(integer >> LOW_BITS);
-        if (LOW_BITS) fragments[QUERY_BYTES / HALVES + at] = (u8)(integer & ((1 << LOW_BITS) - 1));
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            const int slot = first + i;
+            const int at = ((unit * ROW_BLOCKS + row / BLOCK_ROWS) * 8 + step) * FRAGMENT + ((row & 7) * 4 + (slot & 3)) * 16 +
+                           ((slot >> 2) * 2 + (row >> 3 & 1)) * 4 + byte;
+            fragments[at] = (u8)(integers[i] >> LOW_BITS);
+            if (LOW_BITS) fragments[QUERY_BYTES / HALVES + at] = (u8)(integers[i] & ((1 << LOW_BITS) - 1));
+        }
     }
 };
 

@@ -37,25 +37,40 @@ struct Queries {
     float half_debias;  // debias / 2 * sm_scale
 };
 
+// Bit i of lane j becomes bit j of lane i.
+__device__ __forceinline__ u32 transpose_bits(u32 v) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int d = 16; d; d >>= 1) {
+        const u32 other = __shfl_xor_sync(ALL_LANES, v, d), lower = ALL_LANES / ((1u << d) + 1);  // d of each 2 d bits
+        v = lane & d ? (v & ~lower) | (other >> d & lower) : (v & lower) | (other << d & ~lower);
+    }
+    return v;
+}
+
 // Where attend.cu and score.cu have the integers: as bit planes. A warp calls with its 32 rows of E.
 struct BitPlanes {
     uint2* planes;
 
-    __device__ __forceinline__ void put(int row, int unit, int slot, int integer) const {
+    // The integers of the words in slots first .. first + COUNT - 1: a transpose makes eight planes of four of them.
+    template <int COUNT>
+    __device__ __forceinline__ void put(int row, int unit, int first, const int (&integers)[COUNT]) const {
         const int lane = threadIdx.x & 31;
-        u32 mine = 0;
-#pragma unroll
-        for (int p = 0; p < PLANES; p++) {
-            const u32 plane = __ballot_sync(ALL_LANES, integer >> (PLANES - 1 - p) & 1);
-            if (lane == p) mine = plane;
-        }
         u32* at = (u32*)(planes + ((row >> 2) * UNITS + unit) * STEPS * 32);
-        const int column = (row & 3) + (lane < STEPS ? 0 : 4), step = lane < STEPS ? lane : lane - STEPS;
-        if (lane < PLANES) at[((step * 8 + column) * 4 + (slot & 3)) * 2 + (slot >> 2)] = mine;
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4)
+#pragma unroll
+            for (int low = 0; low < PLANES; low += 8) {
+                const int *four = integers + i, p = PLANES - 1 - low - lane % 8, slot = first + i + lane / 8;
+                const u32 pairs[2] = {__byte_perm(four[0] >> low, four[1] >> low, 0x40), __byte_perm(four[2] >> low, four[3] >> low, 0x40)};
+                const u32 plane = transpose_bits(__byte_perm(pairs[0], pairs[1], 0x5410));
+                const int column = (row & 3) + (p < STEPS ? 0 : 4), step = p < STEPS ? p : p - STEPS;
+                if (p >= 0) at[((step * 8 + column) * 4 + (slot & 3)) * 2 + (slot >> 2)] = plane;
+            }
     }
 };
 
-// Fills `constants`, and `integers` by `put(row, unit, slot of 8 words in it, this lane's integer)`. Every warp of the block
+// Fills `constants`, and `integers` by `put(row, unit, first of the slots of its 8 words, this lane's integers)`. Every warp of the block
 // takes part, several to a row where there are more warps than rows; the caller synchronises.
 template <class Integers>
 __device__ __forceinline__ void prepare_queries(const Integers& integers, float* constants, const Queries& q, Head head,
@@ -66,6 +81,7 @@ __device__ __forceinline__ void prepare_queries(const Integers& integers, float*
     for (int row = warp % ROWS; row < ROWS; row += warps) {
         const bool present = q.first + row < q.rows;
         const float* own = q.y + (q.first + row) * q.y_stride + lane;
+        const float beside = present && lane <= KEY_GROUPS * KEY_OFFSETS ? own[q.y_extra] : 0;
         float most = 0, values[8];
 #pragma unroll 1
         for (int u = UNITS - 1; u >= 0; u--)
@@ -75,40 +91,45 @@ __device__ __forceinline__ void prepare_queries(const Integers& integers, float*
                 values[slot] = present && word < head.words ? own[word * 32] : 0;
                 most = fmaxf(most, fabsf(values[slot]));
             }
-        float step = warp_max(most) / (float)((1 << (PLANES - 1)) - 1);
+        // Without their sign floats are in the order of their bits.
+        most = __uint_as_float(__reduce_max_sync(ALL_LANES, __float_as_uint(most)));
+        float step = most / (float)((1 << (PLANES - 1)) - 1);
         if (!(step >= 1.17549435e-38f)) step = 0;
-        float sum[KEY_GROUPS], spread[KEY_GROUPS];
-#pragma unroll
-        for (int g = 0; g < KEY_GROUPS; g++) sum[g] = spread[g] = 0;
+        const float inverse = step > 0 ? 1 / step : 0;
+        int sum[KEY_GROUPS] = {};
+        float spread[KEY_GROUPS] = {};
 #pragma unroll 1
         for (int u = 0; u < UNITS; u++) {
             const int group = unit_group(units, u);
+            int integer[8], mine[slots];
 #pragma unroll
             for (int slot = 0; slot < 8; slot++) {
                 const int word = unit_word(units, u, slot);
                 float value = values[slot];
                 if (u) value = present && word < head.words ? own[word * 32] : 0;
-                const float integer = step > 0 ? rintf(value / step) : 0;
+                const float near = value * inverse;  // and Markstein's step to value / step, rounded to nearest
+                integer[slot] = __float2int_rn(fmaf(fmaf(-near, step, value), inverse, near));
 #pragma unroll
                 for (int g = 0; g < KEY_GROUPS; g++)
                     if (g == group) {
-                        sum[g] += integer;
+                        sum[g] += integer[slot];
                         if (DEBIAS && word < head.words) spread[g] += noise[word * 32 + lane] * value * value;
                     }
-                if (slot / slots == share) integers.put(row, u, slot, (int)integer);
             }
+#pragma unroll
+            for (int i = 0; i < slots; i++) mine[i] = share ? integer[8 - slots + i] : integer[i];
+            integers.put(row, u, share * slots, mine);
         }
+        if (share) continue;
         float* out = constants + row * ROW_CONSTANTS;
-        const float* extra = own - lane + q.y_extra;
-        if (lane == 0 && share == 0) out[0] = present ? extra[0] * q.unit : 0;
+        if (lane <= KEY_GROUPS * KEY_OFFSETS) out[4 * lane] = beside * q.unit;  // 0, or ALONG(lane - 1)
 #pragma unroll
         for (int g = 0; g < KEY_GROUPS; g++) {
-            const float total = warp_sum(sum[g]), variance = DEBIAS ? warp_sum(spread[g]) : 0;
-            if (lane == 0 && share == 0) {
+            const float total = (float)__reduce_add_sync(ALL_LANES, sum[g]), variance = DEBIAS ? warp_sum(spread[g]) : 0;
+            if (lane == 0) {
                 out[SLOPE(g)] = 2 * step * q.unit;
                 out[SHIFT(g)] = -total * step * q.unit;
                 out[SPREAD(g)] = -q.half_debias * q.unit * variance;
-                out[ALONG(g)] = KEY_OFFSETS && present ? extra[1 + g] * q.unit : 0;
             }
         }
     }
