@@ -9,7 +9,8 @@
 // Macros: attend.cu's without BUFFERS, for one scale a key and a value and no offsets; ROW_TILES 4 or 8; STAGES pages in shared
 // memory. Sums over all units must stay below 2^22.
 // One H100, 32 rows, 1,048,576 tokens of 8 heads of 256 bits: attend.cu 1,103 us; v1, this with a mask for each bit, 722 us; v2,
-// scales, places and units made once for all warps, 675 us; v3, a nibble of the sketch choosing the byte, 652 us.
+// scales, places and units made once for all warps, 675 us; v3, a nibble of the sketch choosing the byte, 652 us; v4, weights stored four
+// at once and splits merged once, 636 us. attend_wide.cu is for Hopper.
 #include "attend_many.cuh"
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)

@@ -1,7 +1,17 @@
-// attend.cu's sums, bit for bit, for many query rows of a KV head on the tensor cores of Hopper: attend_many.cu's ways with the
-// products of whole warpgroups, which run beside everything else and read queries and weights from shared memory themselves.
+// attend.cu's sums, bit for bit, for many query rows of a KV head on Hopper: as attend_many.cu, but with products of warpgroups,
+// which run in the background and read queries and weights from shared memory. sm_90a.
 //
-// Grid and arguments: attend.cu's. sm_90a.
+// Grid and arguments: attend.cu's; ROWS rows in a block, which takes the pages of its split one after another, all warps one page.
+// The sketch's bits become the bytes of A operands in registers. Warp w scores tokens 32 c + 4 w + t, c < 8, t < 4, lane (g, t)
+// those of chunks g % 4 and + 4 and of the pair g / 4, for query rows 2 t, 2 t + 1, 2 t + 8, ..; the rows' largest logit and weight
+// are found among the warps. The weights are left in shared memory as bytes, of which 256 tokens' bits of values are summed; warp w
+// has VALUE_WORDS times 32 rows of these. Keys are copied by all threads, which brings words into other banks, the rest by one.
+//
+// Macros: attend.cu's without BUFFERS, for one scale a key and a value and no offsets; WARPGROUPS; ROW_TILES 4 or 8; STAGES pages in
+// shared memory, three or more.
+// One H100, 32 rows, 1,048,576 tokens of 8 heads of 256 bits, an attention: attend_many.cu 636 us; v1, this with copies before the
+// fence that products need, which waits for them, 577 us; v2, copies after it, 558 us. Split barriers instead of three a page took
+// 584 us, two a page with a page's values added while the next one is weighed 569 us; without the products it is 445 us.
 #include "attend_wide.cuh"
 #include "bulk.cuh"
 
@@ -96,9 +106,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     show_to_products();
     __syncthreads();
 
-    u32 nothing;
-    asm volatile("{.reg .u32 n; mov.u32 n,%%smid; shr.u32 %0,n,20;}" : "=r"(nothing));
-    const Choices choices(nothing);
+    const Choices choices;
     const u64 query_columns = columns_at<QUERY_COLUMNS>(shared_address(queries)), weight_columns = columns_at<WEIGHT_COLUMNS>(shared_address(weights));
     WideSums sum;
     sum.clear();
@@ -183,8 +191,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
             sum.scale(factor);
         }
 #pragma unroll
-        for (int k = 0; k < VALUE_WORDS; k++)
-            sum.add(k, choices, stage + KEY_BYTES + (warp * VALUE_WORDS + k) * PIECE, weight_columns, room.unit);
+        for (int k = 0; k < VALUE_WORDS; k++) sum.add(k, choices, stage + KEY_BYTES, weight_columns, room.unit);
     }
     const int done = last - split_first;
     const Found found(found_both + (done - 1) / 8 % 2 * FOUND_BYTES);

@@ -20,8 +20,13 @@
 struct Choices {
     u32 by_lowest, by_second;
 
-    // In registers once: constants that the compiler knows it would load for each choice. `nothing` is 0, which it does not know.
-    __device__ __forceinline__ explicit Choices(u32 nothing) : by_lowest(nothing | 0xff00ff00), by_second(nothing | 0xffff0000) {}
+    // In registers once: constants that the compiler knows it would load for each choice. No multiprocessor has such a number.
+    __device__ __forceinline__ Choices() {
+        u32 nothing;
+        asm volatile("{.reg .u32 n; mov.u32 n,%%smid; shr.u32 %0,n,20;}" : "=r"(nothing));
+        by_lowest = nothing | 0xff00ff00;
+        by_second = nothing | 0xffff0000;
+    }
 
     __device__ __forceinline__ u32 bytes_of(u32 word, int step) const {
         const u32 nibbles = word >> ((step >> 2) * 16 + ((step & 3) == 3 ? 3 : 0));
@@ -71,11 +76,17 @@ __device__ __forceinline__ int in_columns(int half_bytes, int column, int half, 
 struct QueryColumns {
     u8* columns;
 
-    __device__ __forceinline__ void put(int row, int unit, int slot, int integer) const {
+    template <int COUNT>
+    __device__ __forceinline__ void put(int row, int unit, int first, const int (&integers)[COUNT]) const {
         const int bit = threadIdx.x & 31, step = bit / 16 * 4 + bit % 4, byte = bit / 4 % 4;
-        u8* at = columns + (unit * 8 + step) * COLUMN_BYTES(QUERY_COLUMNS) + byte;
-        at[in_columns(HALF_BYTES(QUERY_COLUMNS), row, slot >> 2, slot & 3)] = (u8)(integer >> LOW_BITS);
-        if (LOW_BITS) at[in_columns(HALF_BYTES(QUERY_COLUMNS), ROWS + row, slot >> 2, slot & 3)] = (u8)(integer & ((1 << LOW_BITS) - 1));
+        u8* step_columns = columns + (unit * 8 + step) * COLUMN_BYTES(QUERY_COLUMNS) + byte;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            const int slot = first + i;
+            u8* at = step_columns + in_columns(HALF_BYTES(QUERY_COLUMNS), row, slot >> 2, slot & 3);
+            at[0] = (u8)(integers[i] >> LOW_BITS);
+            if (LOW_BITS) at[ROWS * 16] = (u8)(integers[i] & ((1 << LOW_BITS) - 1));
+        }
     }
 };
 
@@ -259,12 +270,14 @@ struct WideSums {
         for (int i = 0; i < VALUE_WORDS * 4 * OWN; i++) rows[i / (4 * OWN)][i / (2 * OWN) % 2][i / OWN % 2][i % OWN] *= factor[i % OWN];
     }
 
-    // Adds word k of this warp's, whose bits are at `values`.
+    // Adds word k of this warp's; the page's values are at `values`.
     __device__ __forceinline__ void add(int k, const Choices& choices, const u8* values, u64 weights, const float* units) {
         int sums[2][WEIGHT_COLUMNS / 2];
+        const int thread = thread_here();
+        values += ((thread >> 5) * VALUE_WORDS + k) * PIECE + (thread & 31) * 16;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const uint4 words = *(const uint4*)(values + half * (PIECE / 2) + (threadIdx.x & 31) * 16);
+            const uint4 words = *(const uint4*)(values + half * (PIECE / 2));
 #pragma unroll
             for (int part = 0; part < 2; part++) {
                 if (half) await_products<1>();
@@ -315,8 +328,8 @@ struct WideSums {
 
 // Adds what the weights of a page sum to, by row; they are in shared memory. A warp has a step's, of a row in each lane.
 __device__ __forceinline__ void sum_weights(int* of_row, const u8* weights) {
-    const int row = threadIdx.x & 31;
-    const u8* from = weights + (threadIdx.x >> 5) * COLUMN_BYTES(WEIGHT_COLUMNS) + row * 16;
+    const int thread = thread_here(), row = thread & 31;
+    const u8* from = weights + (thread >> 5) * COLUMN_BYTES(WEIGHT_COLUMNS) + row * 16;
     u32 sum = 0;
 #pragma unroll
     for (int i = 0; i < 2 * WEIGHT_HALVES; i++) {

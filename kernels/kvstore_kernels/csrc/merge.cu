@@ -8,7 +8,7 @@
 // (OUT_HALF) float16; lse float32 [T, Hq], natural log. A row of no tokens gives (0, -inf). beside_out float32, beside_lse:
 // such a result over other tokens, merged in; null if there is none.
 // Macros: HEAD_DIM, VALUE_GROUPS, VALUE_OFFSETS, OUT_HALF, ROWS: 1, or 8 of what merge_splits.cu has made one split.
-// One H100, 32 rows of 8 heads and 32 splits: a block a row that merges the splits itself 17 us.
+// One H100, 32 rows of 8 heads and 32 splits: a block a row that merges the splits itself 17 us; merged before 10.9 us with that.
 #include "splits.cuh"
 
 #define KEPT 32  // value rows of a warp whose share of the basis is read before the splits have ended
