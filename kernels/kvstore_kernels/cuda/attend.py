@@ -36,8 +36,8 @@ def macros(
     keys: Expansion, values: Expansion, key_basis: DeviceExpansion, value_basis: DeviceExpansion, rows: int, *,
     soft_cap: bool, debias: bool,
 ) -> build.Macros:  # fmt: skip
-    """The specialisation for `rows` query rows a KV head, as many in one pass as fit; with STAGES attend_many.cu's, with
-    WARPGROUPS attend_wide.cu's."""
+    """The specialisation for `rows` query rows a KV head, as many in one pass as fit; with STAGES attend_many.cu's,
+    with WARPGROUPS attend_wide.cu's."""
     value_words = max(1, -(-value_basis.words // WARPS))
     m = {
         "UNITS": key_basis.units.shape[1],
@@ -246,7 +246,7 @@ def _merge(
     shared = 4 * width * merging["ROWS"]
     other_out, other_lse = (None, None) if beside is None else (part.contiguous() for part in beside)
     build.kernel("merge", out.device, merging, shared).launch(
-        (-(-rows // merging["ROWS"]), heads, out.shape[2] // 32), WARPS * 32, shared, partials, sums, value_basis.matrix,
-        value_basis.heads, other_out, other_lse, out, lse, value_basis.length, splits, rows, width, out.shape[1], group,
-        follows=True,
+        (-(-rows // merging["ROWS"]), heads, out.shape[2] // 32), WARPS * 32, shared, partials, sums,
+        value_basis.matrix, value_basis.heads, other_out, other_lse, out, lse, value_basis.length, splits, rows, width,
+        out.shape[1], group, follows=True,
     )  # fmt: skip
