@@ -280,7 +280,7 @@ struct WideSums {
             const uint4 words = *(const uint4*)(values + half * (PIECE / 2));
 #pragma unroll
             for (int part = 0; part < 2; part++) {
-                if (half) await_products<1>();
+                if (half) await_products<WEIGHT_HALVES == 1>();  // its registers take these bytes
                 const Bytes a(choices, words, part);
                 begin_products();
 #pragma unroll
