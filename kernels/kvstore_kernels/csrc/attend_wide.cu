@@ -9,9 +9,10 @@
 //
 // Macros: attend.cu's without BUFFERS, for one scale a key and a value and no offsets; WARPGROUPS; ROW_TILES 4 or 8; STAGES pages in
 // shared memory, three or more.
-// One H100, 32 rows, 1,048,576 tokens of 8 heads of 256 bits, an attention: attend_many.cu 636 us; v1, this with copies before the
-// fence that products need, which waits for them, 577 us; v2, copies after it, 558 us. Split barriers instead of three a page took
-// 584 us, two a page with a page's values added while the next one is weighed 569 us; without the products it is 445 us.
+// One H100, 32 rows, 1,048,576 tokens of 8 heads of 256 bits, a whole attention: attend_many.cu 636 us; v1, copies asked for before
+// the fence that products need, which waits for them, 577 us; v2, after it, 558 to 573 us. Tried: barriers that begin before they
+// end instead of three a page 584 us; two a page, a page's values added while the next one is weighed, 569 us; eight products a
+// group instead of four the same. Without any products it is 445 us: the rest is the softmax, bound by waits for its own results.
 #include "attend_wide.cuh"
 #include "bulk.cuh"
 
