@@ -20,6 +20,8 @@ CSRC = Path(__file__).parent / "csrc"
 OPTIONS = ("-std=c++17", "-lineinfo", f"-I{CSRC}")
 MOST_SHARED = 100
 """Percent."""
+HOPPER_ALONE = ("-arch=sm_90a",)
+"""CuPy names the device's architecture too; of two NVRTC takes the one with more instructions."""
 OVERLAP = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION of cuda.h."""
 
@@ -43,7 +45,15 @@ def source(name: str) -> str:
 
 
 def options(macros: Macros) -> tuple[str, ...]:
-    return (*OPTIONS, *(f"-D{name}={value}" for name, value in sorted(macros.items())))
+    """With WARPGROUPS among `macros` for a kernel that is Hopper's alone."""
+    more = HOPPER_ALONE if "WARPGROUPS" in macros else ()
+    return (*OPTIONS, *more, *(f"-D{name}={value}" for name, value in sorted(macros.items())))
+
+
+@cache
+def has_warpgroups(device: torch.device) -> bool:
+    """Whether it multiplies matrices by whole warpgroups; without a device as if."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @cache

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvstore_kernels import merge_states
+from kvstore_kernels import build, merge_states
 from kvstore_kernels.cuda.attend import attend
 from kvstore_kernels.types import Expansion, SignRows
 from tests.gpu import inputs
@@ -109,6 +109,20 @@ def test_a_worker_s_rows_attend_alone_as_among_others(by: Expansion, workers: in
             alone = attend(q[worker : worker + 1], keys, values, sm_scale=0.125, **how)
             assert torch.equal(alone[0][0], out[worker])
             assert torch.equal(alone[1][0], lse[worker])
+
+
+@pytest.mark.parametrize("workers", [3, 8])
+@every_expansion
+def test_products_of_warpgroups_change_no_bit(by: Expansion, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device before Hopper."""
+    (keys, values), q = sketches(3000, by), queries(by, workers, 4)
+    hows: tuple[dict[str, Any], ...] = {"debias": 0.5}, {"logit_soft_cap": 20.0}
+    with_them = [attend_rows(q, keys, values, sm_scale=0.125, **how) for how in hows]
+    monkeypatch.setattr(build, "has_warpgroups", lambda _: False)
+    for how, (out, lse) in zip(hows, with_them, strict=True):
+        without = attend_rows(q, keys, values, sm_scale=0.125, **how)
+        assert torch.equal(without[0], out)
+        assert torch.equal(without[1], lse)
 
 
 @pytest.mark.parametrize("tokens", [1, 255, 257, 2047, 2049, 9000])

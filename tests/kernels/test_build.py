@@ -28,6 +28,8 @@ from tests.kernels.inputs import expansion, sign_encoder
 QJL = expansion((8,), 128, query_bits=8)
 OUTLIERS = expansion((11,), 128, groups=2)
 AFFINE = expansion((8,), 128, groups=4, offsets=True)
+FINE = expansion((8,), 128, query_bits=12)
+DEEP = expansion((16,), 128)
 IN_MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -42,6 +44,13 @@ def ends(variants: Iterable[build.Variant]) -> Iterator[build.Variant]:
             yield own[-1]
 
 
+def without_warpgroups() -> Iterator[build.Variant]:
+    """Attention on devices before Hopper."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "has_warpgroups", lambda _: False)
+        yield from (each for each in attend.variants(QJL, QJL, debias=False) if each[0] == "attend_many")
+
+
 def encoding() -> Iterator[build.Variant]:
     for planes in (1, 3):
         encoder = sign_encoder(128, planes)
@@ -54,6 +63,8 @@ def encoding() -> Iterator[build.Variant]:
 VARIANTS = [
     *ends(attend.variants(QJL, QJL, debias=False)),
     *list(attend.variants(OUTLIERS, AFFINE, debias=True))[:1],
+    *ends(attend.variants(FINE, DEEP, debias=True)),
+    *ends(without_warpgroups()),
     *ends(score.variants(QJL)),
     *list(score.variants(AFFINE))[-1:],
     *ends(score_at.variants(OUTLIERS)),
@@ -91,10 +102,13 @@ def bytes_in_memory(log: str) -> int:
     return sum(int(size) for entry in found for size in entry)
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("hopper", [False, True], ids=["sm_80", "sm_90"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant[0])
-def test_kernels_compile_and_stay_in_registers(variant: build.Variant, architecture: str) -> None:
+def test_kernels_compile_and_stay_in_registers(variant: build.Variant, hopper: bool) -> None:
     name, macros, _ = variant
+    if "WARPGROUPS" in macros and not hopper:
+        pytest.skip("a kernel that is Hopper's alone")
+    architecture = ("sm_90a" if "WARPGROUPS" in macros else "sm_90") if hopper else "sm_80"
     log = compiler_log(build.source(name), macros, architecture)
     assert bytes_in_memory(log) == 0, log
     assert "warning" not in log

@@ -3,13 +3,14 @@
 //
 // Grid and arguments: attend.cu's; ROWS rows in blocks of 16. A block takes the pages of its split one after another, all
 // warps one page. Warp w scores tokens 32 c + 4 w + t, c < 8, t < 4, against all rows, so that lane (g, t) has the logits of
-// eight tokens for rows g, g + 8, ..; the rows' largest logit and weight are found among the warps. The weights are left in
+// eight of these tokens for rows g, g + 8, ..; the rows' largest logit and weight are found among the warps. The weights are left in
 // shared memory as bytes, A operand of products with 256 tokens' bits of values, of which warp w has VALUE_WORDS times 32 rows.
 //
 // Macros: attend.cu's without BUFFERS, for one scale a key and a value and no offsets; ROW_TILES 4 or 8; STAGES pages in shared
 // memory. Sums over all units must stay below 2^22.
 // One H100, 32 rows, 1,048,576 tokens of 8 heads of 256 bits: attend.cu 1,103 us; v1, this with a mask for each bit, 722 us; v2,
-// scales, places and units made once for all warps, 675 us; v3, a nibble of the sketch choosing the byte, 652 us.
+// scales, places and units made once for all warps, 675 us; v3, a nibble of the sketch choosing the byte, 652 us; v4, weights stored four
+// at once and splits merged once, 636 us. attend_wide.cu is for Hopper.
 #include "attend_many.cuh"
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
@@ -118,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
             const int from = (int)max(0ll, first - start), to = (int)min(end - start, (i64)PAGE);
 #pragma unroll
             for (int i = 0; i < OWN * CHUNKS; i++)
-                x[i / CHUNKS][i % CHUNKS] = in_range(32 * (i % CHUNKS) + 4 * warp + t, from, to) ? x[i / CHUNKS][i % CHUNKS] : LOWEST;
+                x[i / CHUNKS][i % CHUNKS] = in_range(token_at(i % CHUNKS), from, to) ? x[i / CHUNKS][i % CHUNKS] : LOWEST;
         }
         const int mine = of_round * ROWS + row_of(t);
         const auto larger = [](float a, float b) { return fmaxf(a, b); };
@@ -142,12 +143,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
             const float page_top = found.page_top(of_round, row_of(i));
-            totals_of[i] = found_of[i] = 0;
+            found_of[i] = 0;
+#pragma unroll
+            for (int c = 0; c < CHUNKS; c++) x[i][c] = exp2_fast(x[i][c] - page_top);
+            totals_of[i] = ((x[i][0] + x[i][2]) + (x[i][4] + x[i][6])) + ((x[i][1] + x[i][3]) + (x[i][5] + x[i][7]));
 #pragma unroll
             for (int c = 0; c < CHUNKS; c++) {
-                const float p = exp2_fast(x[i][c] - page_top);
-                totals_of[i] += p;
-                x[i][c] = p * alphas[c];
+                x[i][c] *= alphas[c];
                 found_of[i] = fmaxf(found_of[i], x[i][c]);
             }
         }
@@ -158,24 +160,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         }
         __syncthreads();
         const float largest = t < OWN ? __int_as_float(found.most[mine]) : 0;
-        const float inverse = largest > 1e-30f ? WEIGHT_MOST / largest : 0;
+        const float inverse = weights_a_unit(largest);
         u32 weights_of[OWN];
-        u8* const pairs = weights + (warp & 1) * 4 * ROW_BLOCKS * FRAGMENT + (g * 4 + (warp >> 1 ^ g >> 1)) * 16 + (t >> 1) * 8 + (t & 1) * 2;
+        u8* const words = weights + ((warp & 1) * 4 + (t & 1) * 2) * ROW_BLOCKS * FRAGMENT + (g * 4 + (warp >> 1 ^ g >> 1)) * 16 + (t >> 1) * 8;
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
             const float scale = __shfl_sync(ALL_LANES, inverse, (lane & 28) + i);
             weights_of[i] = 0;
 #pragma unroll
-            for (int c = 0; c < CHUNKS / 2; c++) {
-                const u32 low = __float_as_uint(fmaf(x[i][c], scale, OFFSET)), high = __float_as_uint(fmaf(x[i][c + 4], scale, OFFSET));
-                u8* at = pairs + (c * ROW_BLOCKS + (i >> 1)) * FRAGMENT + (i & 1) * 4;
-                if (WEIGHT_HALVES == 1) {
-                    *(u16*)at = (u16)(high * 256 + low);
-                } else {
-                    *(u16*)at = (u16)__byte_perm(low, high, 0x40);
-                    *(u16*)(at + CHUNKS * ROW_BLOCKS * FRAGMENT) = (u16)__byte_perm(low, high, 0x51);
+            for (int odd = 0; odd < 2; odd++) {
+                u32 w[4];
+#pragma unroll
+                for (int n = 0; n < 4; n++) {
+                    w[n] = __float_as_uint(fmaf(x[i][2 * n + odd], scale, OFFSET));
+                    weights_of[i] += w[n];
                 }
-                weights_of[i] += low + high;
+                u8* at = words + (odd * ROW_BLOCKS + (i >> 1)) * FRAGMENT + (i & 1) * 4;
+                *(u32*)at = bytes_at(w, 0);
+                if (WEIGHT_HALVES > 1) *(u32*)(at + CHUNKS * ROW_BLOCKS * FRAGMENT) = bytes_at(w, 1);
             }
         }
         const u32 weight = join_lanes(weights_of, [](u32 a, u32 b) { return a + b; });

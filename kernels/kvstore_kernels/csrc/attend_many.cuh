@@ -117,10 +117,15 @@ __device__ __forceinline__ T join_lanes(const T (&v)[OWN], Join join) {
 
 __device__ __forceinline__ int row_of(int i) { return ((threadIdx.x & 31) >> 2) + 8 * i; }
 
-// This lane's logits, of rows row_of(i) and tokens 32 c + 4 warp + t.
+// This lane's logits, of rows row_of(i) and of the tokens of its chunks t % 2 * 2 + {0, 1} + {0, 4}, the first two numbers of
+// what a token is in them: c's lowest and second bit; its highest says which of the pair t / 2 of the warp's four.
+__device__ __forceinline__ int token_at(int c) {
+    const int t = threadIdx.x & 3;
+    return 32 * ((t & 1) * 2 + (c & 1) + (c & 2) * 2) + 4 * (threadIdx.x >> 5) + (t >> 1) * 2 + (c >> 2);
+}
 typedef float Logits[OWN][CHUNKS];
 
-// The scales of a page's keys and of its values as floats, [WARPS][4 t][8 c] each; the first warp makes those of keys, of the 16
+// The scales of a page's keys and of its values as floats, [WARPS][4 t][8 c] each, c of token_at; the first warp makes those of keys, of the 16
 // bytes that each lane has asked for, the second those of values.
 __device__ __forceinline__ void convert_scales(float* alphas, const u8* halves, const Head* heads) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -128,11 +133,11 @@ __device__ __forceinline__ void convert_scales(float* alphas, const u8* halves, 
     const uint4 pairs = *(const uint4*)(halves + warp * 512 + lane * 16);
     const u32 own[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
     const bool stored = heads[warp].stored;
-    alphas += warp * PAGE + (lane & 3) * 64 + (lane >> 2);
+    alphas += warp * PAGE + (lane & 3) * 64 + (lane >> 3 & 1) * 8 + (lane >> 4) * 2 + (lane >> 2 & 1);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         const u32 pair = warp ? clamp_halves(own[i >> 1]) : own[i >> 1];
-        alphas[i * 8] = stored ? i & 1 ? high_half(pair) : low_half(pair) : 0;
+        alphas[(i >> 2) * 32 + (i >> 1 & 1) * 16 + (i & 1) * 4] = stored ? i & 1 ? high_half(pair) : low_half(pair) : 0;
     }
 }
 
@@ -143,10 +148,9 @@ __device__ __forceinline__ void load_alphas(float (&v)[CHUNKS], const float* alp
 }
 
 __device__ __forceinline__ void score_page(Logits& x, const u8* keys, const u8* queries, const float4* rows, const float* key_alphas, float cap) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = lane & 3, token = lane >> 3;
-    // Column 2 t + e of product j is token t of the warp's four in chunk 2 j + e.
-    const int place = ((token & 1) ^ (warp >> 1 & 1)) * 2 + (token >> 1), odd = lane >> 2 & 1;
-    const u8* from = keys + odd * PIECE + t * 128 + (warp ^ (t | odd << 2)) * 16 + place * 4;
+    // Column 2 t + e of product j is lane t's token 2 j + e.
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = lane & 3, of = lane >> 3, odd = lane >> 2 & 1;
+    const u8* from = keys + ((of & 1) * 2 + odd) * PIECE + t * 128 + (warp ^ (t | odd << 2)) * 16 + (of >> 1) * 4;
     Accumulators sums[ROW_BLOCKS][4];
 #pragma unroll
     for (int i = 0; i < ROW_BLOCKS * 4; i++) sums[i / 4][i % 4] = all(FLOATING);
@@ -158,7 +162,7 @@ __device__ __forceinline__ void score_page(Logits& x, const u8* keys, const u8* 
         const u8* unit = from + (LOW_BITS && pass >= UNITS ? pass - UNITS : pass) * CHUNKS * PIECE;
         u32 words[4][2];
 #pragma unroll
-        for (int i = 0; i < 8; i++) words[i >> 1][i & 1] = *(const u32*)(unit + (i >> 1) * 2 * PIECE + (i & 1) * (PIECE / 2));
+        for (int i = 0; i < 8; i++) words[i >> 1][i & 1] = *(const u32*)(unit + (i >> 1 & 1) * 4 * PIECE + ((i >> 2) ^ (warp >> 1 & 1)) * 8 + (i & 1) * (PIECE / 2));
 #pragma unroll
         for (int step = 0; step < 8; step++) {
             uint4 a[ROW_BLOCKS];

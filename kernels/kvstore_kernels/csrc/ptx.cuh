@@ -98,6 +98,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+__device__ __forceinline__ float inverse_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 __device__ __forceinline__ float from_half(u16 h) {
     float f;
     asm("cvt.f32.f16 %0,%1;" : "=f"(f) : "h"(h));

@@ -23,6 +23,9 @@
 
 #define LOWEST -1e30f  // below any logit, and finite, so that differences stay numbers
 
+// What p alpha is multiplied by to become a weight, of the page's largest.
+__device__ __forceinline__ float weights_a_unit(float most) { return most > 1e-30f ? WEIGHT_MOST * inverse_fast(most) : 0; }
+
 // Over the sixteen lanes that hold the same rows.
 __device__ __forceinline__ float rows_max(float v) {
 #pragma unroll
@@ -54,10 +57,10 @@ __device__ __forceinline__ void to_planes(u32 (&w)[8]) {
     }
 }
 
-// Byte `at` of four words, in the order in which a lane's two rows and two tokens make one word of planes.
-__device__ __forceinline__ u32 gather_bytes(const u32 (&w)[2][2], int at) {
+// Byte `at` of four words, in their order.
+__device__ __forceinline__ u32 bytes_at(const u32 (&w)[4], int at) {
     const u32 select = at | (4 + at) << 4;
-    return __byte_perm(__byte_perm(w[0][0], w[0][1], select), __byte_perm(w[1][0], w[1][1], select), 0x5410);
+    return __byte_perm(__byte_perm(w[0], w[1], select), __byte_perm(w[2], w[3], select), 0x5410);
 }
 
 __device__ __forceinline__ bool in_range(int token, int from, int to) { return token >= from && token < to; }
@@ -95,7 +98,7 @@ __device__ __forceinline__ void store_planes(uint2* planes, u32 (&low)[8], u32 (
 __device__ __forceinline__ void weigh(PageLogits& x, const u16* scales, int from, int to, u8* planes, float* stats) {
     const int lane = threadIdx.x & 31;
     const bool whole = from == 0 && to == PAGE;
-    float top[2] = {LOWEST, LOWEST}, total[2][2] = {};  // of every second token apart: attend_many.cu adds in this order too
+    float top[2] = {LOWEST, LOWEST};
     if (!whole) {
         asm volatile("");  // keeps this a branch
 #pragma unroll
@@ -112,12 +115,14 @@ __device__ __forceinline__ void weigh(PageLogits& x, const u16* scales, int from
     for (int i = 0; i < 32; i++) {
         const int c = i >> 2, j = i >> 1 & 1, r = i & 1;
         x[c][j][r] = exp2_fast(x[c][j][r] - top[r]);
-        total[j][r] += x[c][j][r];
     }
     float* own = stats + 2 * lane * STATS;  // written by lanes 0 and 1, whose rows are 0 .. 3
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const float all = rows_sum(total[0][r] + total[1][r]);
+        float total[4];  // in the order in which attend_wide.cu's and attend_many.cu's lanes have the tokens
+#pragma unroll
+        for (int c = 0; c < 4; c++) total[c] = (x[c][0][r] + x[c + 4][0][r]) + (x[c][1][r] + x[c + 4][1][r]);
+        const float all = rows_sum((total[0] + total[1]) + (total[2] + total[3]));
         if (lane < 2) {
             own[r * STATS + TOP] = top[r];
             own[r * STATS + TOTAL] = all;
@@ -138,19 +143,19 @@ __device__ __forceinline__ void weigh(PageLogits& x, const u16* scales, int from
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             most[r] = rows_max(most[r]);
-            inverse[r] = most[r] > 1e-30f ? WEIGHT_MOST / most[r] : 0;
+            inverse[r] = weights_a_unit(most[r]);
         }
 #pragma unroll
         for (int c = 0; c < 8; c++) {
-            u32 w[2][2];
+            u32 w[4];  // of both tokens of a row, then of the other
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int j = i >> 1, r = i & 1;
-                w[r][j] = __float_as_uint(fmaf(weighted[c][j][r], inverse[r], OFFSET));
-                sum[r] += w[r][j];
+                w[2 * r + j] = __float_as_uint(fmaf(weighted[c][j][r], inverse[r], OFFSET));
+                sum[r] += w[2 * r + j];
             }
-            low[c] = gather_bytes(w, 0);
-            high[c] = gather_bytes(w, 1);
+            low[c] = bytes_at(w, 0);
+            high[c] = bytes_at(w, 1);
         }
         store_planes((uint2*)(planes + group * ROW_TILES * WEIGHT_TILE), low, high, lane);
         float along[2];

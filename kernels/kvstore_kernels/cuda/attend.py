@@ -36,7 +36,8 @@ def macros(
     keys: Expansion, values: Expansion, key_basis: DeviceExpansion, value_basis: DeviceExpansion, rows: int, *,
     soft_cap: bool, debias: bool,
 ) -> build.Macros:  # fmt: skip
-    """The specialisation for `rows` query rows a KV head, as many in one pass as fit; with STAGES attend_many.cu's."""
+    """The specialisation for `rows` query rows a KV head, as many in one pass as fit; with STAGES attend_many.cu's,
+    with WARPGROUPS attend_wide.cu's."""
     value_words = max(1, -(-value_basis.words // WARPS))
     m = {
         "UNITS": key_basis.units.shape[1],
@@ -51,8 +52,9 @@ def macros(
         "DEBIAS": int(debias),
     }
     memory = build.shared_memory_bytes(key_basis.matrix.device)
-    if rows >= MANY_ROWS and (many := _placed_many(m, rows, memory)) is not None:
-        return many
+    for kind in _many_kinds(key_basis.matrix.device) if rows >= MANY_ROWS else ():
+        if (many := _placed_many({**m, **kind}, rows, memory)) is not None:
+            return many
     tiles = row_tiles(rows)
     while tiles > 1 and (tiles * value_words > SUMS_MOST or _placed(m, tiles, memory) is None):
         tiles //= 2
@@ -62,10 +64,15 @@ def macros(
     return placed
 
 
-def merge_macros(m: build.Macros, head_dim: int, dtype: torch.dtype) -> build.Macros:
-    """merge.cu's after attend.cu's."""
-    groups = {name: m[name] for name in ("VALUE_GROUPS", "VALUE_OFFSETS")}
-    return {"HEAD_DIM": head_dim, "OUT_HALF": int(dtype == torch.float16), **groups}
+def merge_splits_macros(m: build.Macros) -> build.Macros:
+    """merge_splits.cu's after attend.cu's."""
+    return {name: m[name] for name in ("VALUE_GROUPS", "VALUE_OFFSETS")}
+
+
+def merge_macros(m: build.Macros, head_dim: int, dtype: torch.dtype, rows: int) -> build.Macros:
+    """merge.cu's after attend.cu's for `rows` query rows a KV head."""
+    own = {"HEAD_DIM": head_dim, "OUT_HALF": int(dtype == torch.float16), "ROWS": 1 if rows < MANY_ROWS else WARPS}
+    return {**own, **merge_splits_macros(m)}
 
 
 def variants(
@@ -74,10 +81,14 @@ def variants(
     """For any number of query rows, without a soft cap."""
     key_basis, value_basis = (on_device(expansion, torch.device("cpu")) for expansion in (keys, values))
     for tiles in ROW_TILES:
-        m = macros(keys, values, key_basis, value_basis, TILE_ROWS * tiles, soft_cap=False, debias=debias)
+        rows = TILE_ROWS * tiles
+        m = macros(keys, values, key_basis, value_basis, rows, soft_cap=False, debias=debias)
+        merging = merge_macros(m, values.layout.head_dim, dtype, rows)
         if m["ROW_TILES"] == tiles:
             yield name_of(m), m, shared_bytes(m)
-            yield "merge", merge_macros(m, values.layout.head_dim, dtype), 4 * value_basis.width
+        yield "merge", merging, 4 * value_basis.width * merging["ROWS"]
+        if merging["ROWS"] > 1:
+            yield "merge_splits", merge_splits_macros(m), 0
 
 
 def _placed(m: build.Macros, tiles: int, memory: int) -> build.Macros | None:
@@ -91,14 +102,21 @@ def _placed(m: build.Macros, tiles: int, memory: int) -> build.Macros | None:
     return None
 
 
+def _many_kinds(device: torch.device) -> Iterator[build.Macros]:
+    """What tells the kernels for many rows apart, the faster first."""
+    if build.has_warpgroups(device):
+        yield {"WARPGROUPS": 1}
+    yield {}
+
+
 def _placed_many(m: build.Macros, rows: int, memory: int) -> build.Macros | None:
-    """`m` for attend_many.cu; None where that cannot be or would not fit."""
+    """`m` for attend_wide.cu or attend_many.cu; None where that cannot be or would not fit."""
     simple = m["KEY_GROUPS"] == m["VALUE_GROUPS"] == 1 and not (m["KEY_OFFSETS"] or m["VALUE_OFFSETS"])
     if not simple or m["UNITS"] * 8 * WORD_ROWS << m["PLANES"] - 1 >= EXACT_SUM:
         return None
     tiles = 8 if rows > BLOCK_ROWS and 8 * m["VALUE_WORDS"] <= MANY_SUMS_MOST else 4
     light = tiles * m["VALUE_WORDS"] <= (8 if m["WEIGHT_PLANES"] == 8 else 4)
-    for blocks, stages in ((2, 3), (2, 2), (1, 3), (1, 2)):
+    for blocks, stages in ((2, 3), (1, 3)) if "WARPGROUPS" in m else ((2, 3), (2, 2), (1, 3), (1, 2)):
         most = memory // blocks - RESERVED_BYTES * (3 - blocks)
         placed = {**m, "ROW_TILES": tiles, "BLOCKS": blocks, "STAGES": stages}
         if tiles * m["VALUE_WORDS"] <= MANY_SUMS_MOST and (blocks == 1 or light) and shared_bytes(placed) <= most:
@@ -107,6 +125,8 @@ def _placed_many(m: build.Macros, rows: int, memory: int) -> build.Macros | None
 
 
 def name_of(m: build.Macros) -> str:
+    if "WARPGROUPS" in m:
+        return "attend_wide"
     return "attend_many" if "STAGES" in m else "attend"
 
 
@@ -121,6 +141,9 @@ def _shared_bytes_many(m: build.Macros) -> int:
     stage = 1024 * WARPS * (m["UNITS"] + m["VALUE_WORDS"]) + 1024
     queries = (1 + (m["PLANES"] > 8)) * m["UNITS"] * blocks * 8 * fragment
     weights = (1 + (m["WEIGHT_PLANES"] > 8)) * 8 * blocks * fragment
+    if "WARPGROUPS" in m:  # each step's columns are two halves with 16 bytes after them
+        queries += m["UNITS"] * 8 * 32
+        weights += 8 * 32
     found = 8 * rows * 4 * (3 + WARPS)
     row = 4 * (5 + 4 + 4 + 3)  # constants, totals, constants again, room
     places = (2 * m["UNITS"] + m["VALUE_WORDS"] + 1) * 4 * 32 * WARPS
@@ -212,9 +235,18 @@ def _merge(
     lse: Tensor, group: int, m: build.Macros,
 ) -> None:  # fmt: skip
     heads, splits, rows, width = partials.shape
-    shared = width * 4
+    merging = merge_macros(m, out.shape[2], out.dtype, rows)
+    if merging["ROWS"] > 1 and splits > 1:
+        merged, merged_sums = partials.new_empty(heads, 1, rows, width), sums.new_empty(heads, 1, rows, sums.shape[3])
+        build.kernel("merge_splits", out.device, merge_splits_macros(m)).launch(
+            (rows, heads, 1), WARPS * 32, 0, partials, sums, value_basis.heads, merged, merged_sums, splits, width,
+            follows=True,
+        )  # fmt: skip
+        partials, sums, splits = merged, merged_sums, 1
+    shared = 4 * width * merging["ROWS"]
     other_out, other_lse = (None, None) if beside is None else (part.contiguous() for part in beside)
-    build.kernel("merge", out.device, merge_macros(m, out.shape[2], out.dtype), shared).launch(
-        (rows, heads, out.shape[2] // 32), 256, shared, partials, sums, value_basis.matrix, value_basis.heads,
-        other_out, other_lse, out, lse, value_basis.length, splits, width, out.shape[1], group, follows=True,
+    build.kernel("merge", out.device, merging, shared).launch(
+        (-(-rows // merging["ROWS"]), heads, out.shape[2] // 32), WARPS * 32, shared, partials, sums,
+        value_basis.matrix, value_basis.heads, other_out, other_lse, out, lse, value_basis.length, splits, rows, width,
+        out.shape[1], group, follows=True,
     )  # fmt: skip
