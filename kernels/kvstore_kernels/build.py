@@ -138,8 +138,8 @@ def _compiled(name: str, device: torch.device, macros: tuple[tuple[str, int], ..
             # CuPy gives out one function for equal macros: what another size asked for must stay allowed.
             if shared_bytes > function.max_dynamic_shared_size_bytes:
                 function.max_dynamic_shared_size_bytes = shared_bytes
-            # A multiprocessor divides its memory anew between L1 and shared memory only when nothing runs on it, so kernels
-            # that overlap have to ask for the same.
+            # A multiprocessor divides its memory anew between L1 and shared memory only when nothing runs on it, so
+            # kernels that overlap have to ask for the same.
             function.preferred_shared_memory_carveout = MOST_SHARED
         except cupy.cuda.compiler.CompileException as error:
             raise KernelBuildError(f"{name} {dict(macros)}: {error}") from error
