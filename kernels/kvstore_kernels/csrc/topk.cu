@@ -6,7 +6,7 @@
 // counted, eight bits a pass, until the k best are known. So a row of equal scores takes longer, but no buffer overflows,
 // and the answer never depends on an order in time.
 //
-// scores as topk_maxima.cu says. maxima u32 [rows, groups]: what it wrote, groups of `lanes` chunks; if there are no groups, all
+// scores as topk_maxima.cu says. maxima u32 [rows, groups]: of groups of `lanes` chunks, by topk_maxima.cu or score.cu; if there are no groups, all
 // chunks of the row are read. positions i64 [rows, k]; best float32 [rows, k]. `slot_mask`: 2^b - 1, not below any slot.
 // Macros: HALF.
 // One H100, 256 of 1,048,576 float16 scores of 32 rows: v1, a score a lane, 91 us; v2, eight scores a lane and the maxima in shared
@@ -16,8 +16,9 @@
 #define THREADS 1024
 #define CANDIDATES 8192  // that a block sorts
 #define GROUPS_MOST 4096
+#define NO_CHUNK 0xffffffffu
 #define SCORE_DIGITS (HALF ? 2 : 4)
-#define SPARE 8  // of the groups that are read one more in so many saves a pass over the maxima
+#define SPARE 8  // one group more in so many may be read, which saves a pass over the maxima
 
 struct Shared {
     u64 candidates[CANDIDATES];
@@ -114,12 +115,12 @@ struct Scores {
 #pragma unroll 1
         for (u32 base = threadIdx.x & ~31u; base < count; base += THREADS) {
             const u32 i = base + (threadIdx.x & 31);
-            const u32 chunk = i < count && chosen ? chosen[i >> bits] << bits | (i & ((1u << bits) - 1)) : i;
-            u32 keys[CHUNK] = {}, shown = 0;
+            const u32 chunk = i >= count ? NO_CHUNK : chosen ? chosen[i >> bits] << bits | (i & ((1u << bits) - 1)) : i;
+            u32 keys[CHUNK], shown = 0;
             if (i < count) row.read(keys, chunk);
 #pragma unroll
             for (int j = 0; j < CHUNK; j++) shown |= (keys[j] >= (u32)(least >> 32)) << j;
-            if (i >= count) shown = 0;
+            if (chunk == NO_CHUNK) shown = 0;
             for (; __any_sync(ALL_LANES, shown); shown &= shown - 1) {
                 const int at = __ffs(shown) - 1;
                 const u32 slot = chunk * CHUNK + at;

@@ -123,9 +123,7 @@ def _launch(
     pages, heads = keys.pages, len(basis.matrix)
     page_first, page_end = pages.first // PAGE_TOKENS, -(-pages.end // PAGE_TOKENS)
     groups = 0 if maxima is None else maxima.shape[2]
-    m = macros(
-        keys.expansion, basis.units.shape[1], rows, bool(soft_cap), out.dtype, maxima=maxima is not None
-    )  # fmt: skip
+    m = macros(keys.expansion, basis.units.shape[1], rows, bool(soft_cap), out.dtype, maxima=maxima is not None)
     split = split_pages(page_end - page_first, heads, out.device)
     grid = (-(-(page_end - page_first) // split), heads, -(-rows // (TILE_ROWS * m["ROW_TILES"])))
     shared = shared_bytes(m)
