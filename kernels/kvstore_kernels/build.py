@@ -18,8 +18,6 @@ from torch import Tensor
 
 CSRC = Path(__file__).parent / "csrc"
 OPTIONS = ("-std=c++17", "-lineinfo", f"-I{CSRC}")
-MOST_SHARED = 100
-"""Percent."""
 HOPPER_ALONE = ("-arch=sm_90a",)
 """CuPy names the device's architecture too; of two NVRTC takes the one with more instructions."""
 OVERLAP = 6
@@ -148,9 +146,6 @@ def _compiled(name: str, device: torch.device, macros: tuple[tuple[str, int], ..
             # CuPy gives out one function for equal macros: what another size asked for must stay allowed.
             if shared_bytes > function.max_dynamic_shared_size_bytes:
                 function.max_dynamic_shared_size_bytes = shared_bytes
-            # A multiprocessor divides its memory anew between L1 and shared memory only when nothing runs on it, so
-            # kernels that overlap have to ask for the same.
-            function.preferred_shared_memory_carveout = MOST_SHARED
         except cupy.cuda.compiler.CompileException as error:
             raise KernelBuildError(f"{name} {dict(macros)}: {error}") from error
     return Kernel(name, device, function, torch.cuda.get_device_capability(device)[0] >= 9)

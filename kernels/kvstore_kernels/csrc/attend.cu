@@ -88,11 +88,11 @@ extern "C" __global__ void BOUNDS
             push_keys(number, number - ROUND_PIECES, true);
         }
     };
-    for (int i = 0; i < EARLY; i++) push(i);
+    for (int i = 0; i < RING; i++) push(i);
 
     await_previous_kernel();
     prepare_queries(BitPlanes{planes}, constants, Queries{y + (i64)h * rows * y_stride, rows, row_first, y_stride, y_extra, unit, half_debias},
-                    head, units, noise + h * y_extra, [&] { for (int i = EARLY; i < RING; i++) push(i); });
+                    head, units, noise + h * y_extra);
     __syncthreads();
 
     Sums sum;

@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     await_previous_kernel();
     prepare_queries(QueryBytes{queries}, constants,
                     Queries{y + (i64)h * rows * y_stride, rows, row_first, y_stride, y_extra, unit, half_debias}, heads[0], nullptr,
-                    noise + h * y_extra, [] {});
+                    noise + h * y_extra);
     await_copies<STAGES - 2>();
     __syncthreads();
     if (threadIdx.x < ROWS) {

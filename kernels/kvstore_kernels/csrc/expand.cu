@@ -27,6 +27,7 @@ __device__ __forceinline__ float4 floats(uint2 v) { return make_float4(of(v.x), 
 extern "C" __global__ void __launch_bounds__(64)
     expand(const One* __restrict__ q, const float* __restrict__ matrix, float* __restrict__ y, i64 length, i64 rows,
            i64 query_heads, i64 group) {
+    let_next_kernel_start();
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, h = blockIdx.y;
     const i64 row = blockIdx.x * 16 + (threadIdx.x >> 5) * 8, query = (i64)blockIdx.z * 8;
     const i64 from = min(query + g, rows - 1);
@@ -38,12 +39,10 @@ extern "C" __global__ void __launch_bounds__(64)
     const float4* a = rows_of_matrix[0] + threadIdx.x;
     const Four* b = rows_of_queries[0] + threadIdx.x;
 #pragma unroll
-    for (int d = 0; d < STEPS; d++) copy_async(shared_address(a + d * 64), e + d * 16);
-    // The op before may have made q, and the pages that the next kernel reads as soon as it starts.
-    await_previous_kernel();
-    let_next_kernel_start();
-#pragma unroll
-    for (int d = 0; d < STEPS; d++) copy_four(shared_address(b + d * 64), q + base + d * 16);
+    for (int d = 0; d < STEPS; d++) {
+        copy_async(shared_address(a + d * 64), e + d * 16);
+        copy_four(shared_address(b + d * 64), q + base + d * 16);
+    }
     close_copies();
     await_copies<0>();
     double sum[4][2] = {};

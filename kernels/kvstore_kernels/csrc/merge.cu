@@ -17,7 +17,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     merge(const float* __restrict__ partials, const float* __restrict__ sums, const float* __restrict__ matrix,
           const Head* __restrict__ heads, const float* __restrict__ beside_out, const float* __restrict__ beside_lse,
           void* __restrict__ out, float* __restrict__ lse, i64 length, i64 splits, i64 rows, i64 width, i64 query_heads, i64 group) {
-    let_next_kernel_start();
     extern __shared__ __align__(16) float merged[];  // [width][ROWS]
     __shared__ float parts[WARPS][ROWS][32], totals[ROWS][SUMS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, h = blockIdx.y, own = heads[h].words * 32;

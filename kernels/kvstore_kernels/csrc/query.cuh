@@ -71,10 +71,10 @@ struct BitPlanes {
 };
 
 // Fills `constants`, and `integers` by `put(row, unit, first of the slots of its 8 words, this lane's integers)`. Every warp of the block
-// takes part, several to a row where there are more warps than rows; the caller synchronises. Calls `meanwhile` when it has asked for y.
-template <class Integers, class Meanwhile>
+// takes part, several to a row where there are more warps than rows; the caller synchronises.
+template <class Integers>
 __device__ __forceinline__ void prepare_queries(const Integers& integers, float* constants, const Queries& q, Head head,
-                                                const int* units, const float* noise, Meanwhile meanwhile) {
+                                                const int* units, const float* noise) {
     constexpr int warps = 8, shares = ROWS < warps ? warps / ROWS : 1, slots = 8 / shares;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, share = warp / ROWS;
 #pragma unroll 1
@@ -91,7 +91,6 @@ __device__ __forceinline__ void prepare_queries(const Integers& integers, float*
                 values[slot] = present && word < head.words ? own[word * 32] : 0;
                 most = fmaxf(most, fabsf(values[slot]));
             }
-        if (row == warp % ROWS) meanwhile();
         // Without their sign floats are in the order of their bits.
         most = __uint_as_float(__reduce_max_sync(ALL_LANES, __float_as_uint(most)));
         float step = most / (float)((1 << (PLANES - 1)) - 1);

@@ -4,7 +4,6 @@
 #include "ptx.cuh"
 
 #define RING 8
-#define EARLY 5  // asked for before the queries are there: an answer about them waits behind no more
 #define PIECE 1024
 
 struct Ring {

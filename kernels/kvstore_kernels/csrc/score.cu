@@ -118,7 +118,7 @@ extern "C" __global__ void BOUNDS
                                    from + (i64)(head.scale_start + s) * 512 + lane * 16, head.stored);
         walk.push(ring, number, from, own % PASS_PIECES);
     };
-    for (int i = 0; i < EARLY; i++) push(i);
+    for (int i = 0; i < RING; i++) push(i);
 
     if (threadIdx.x < ROWS) {
         const int row = (int)row_first + threadIdx.x;
@@ -127,7 +127,7 @@ extern "C" __global__ void BOUNDS
 
     await_previous_kernel();
     prepare_queries(BitPlanes{planes}, constants, Queries{y + (i64)h * rows * y_stride, rows, row_first, y_stride, y_extra, unit, 0}, head,
-                    units, nullptr, [&] { for (int i = EARLY; i < RING; i++) push(i); });
+                    units, nullptr);
     __syncthreads();
 
     for (; page < last; page += WARPS) {

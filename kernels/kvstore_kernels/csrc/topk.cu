@@ -194,7 +194,6 @@ __device__ __forceinline__ void sort(u64* keys, u32 size) {
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     topk(const void* __restrict__ scores, const u32* maxima, i64* __restrict__ positions, float* __restrict__ best,
          i64 heads, i64 token_stride, i64 head_stride, i64 tokens, i64 groups, i64 lanes, i64 margin, i64 k, i64 slot_mask) {
-    let_next_kernel_start();
     extern __shared__ __align__(16) u8 shared[];
     Shared& s = *(Shared*)shared;
     const i64 row = blockIdx.x;

@@ -33,7 +33,6 @@ def expand(q: Tensor, basis: DeviceExpansion) -> Tensor:
     y = torch.empty(heads, rows, basis.length, dtype=torch.float32, device=q.device)
     grid = (-(-basis.length // BLOCK_ROWS), heads, -(-rows // BLOCK_QUERIES))
     build.kernel("expand", q.device, macros(head_dim, q.dtype)).launch(
-        grid, 64, 0, q.contiguous(), basis.matrix, y, basis.length, rows, q.shape[1], group,
-        follows=True,
-    )  # fmt: skip
+        grid, 64, 0, q.contiguous(), basis.matrix, y, basis.length, rows, q.shape[1], group
+    )
     return y
