@@ -18,6 +18,9 @@ from torch import Tensor
 
 CSRC = Path(__file__).parent / "csrc"
 OPTIONS = ("-std=c++17", "-lineinfo", f"-I{CSRC}")
+HOPPER_OPTIONS = ("--gpu-architecture=sm_90a",)
+"""CuPy asks for sm_90, which lacks wgmma; of two architectures NVRTC takes the one that has more, from HOPPER_NVRTC on."""
+HOPPER_NVRTC = (12, 9)
 OVERLAP = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION of cuda.h."""
 
@@ -129,8 +132,10 @@ def _argument(value: Tensor | int | float | None) -> Any:
 def _compiled(name: str, device: torch.device, macros: tuple[tuple[str, int], ...], shared_bytes: int) -> Kernel:
     import cupy  # pyright: ignore[reportMissingImports]
 
+    capability = torch.cuda.get_device_capability(device)
+    more = HOPPER_OPTIONS if capability == (9, 0) and cupy.cuda.nvrtc.getVersion() >= HOPPER_NVRTC else ()
     with cupy.cuda.Device(device.index):
-        module = cupy.RawModule(code=source(name), options=options(dict(macros)))
+        module = cupy.RawModule(code=source(name), options=(*options(dict(macros)), *more))
         try:
             function = module.get_function(name)
             # CuPy gives out one function for equal macros: what another size asked for must stay allowed.
@@ -138,7 +143,7 @@ def _compiled(name: str, device: torch.device, macros: tuple[tuple[str, int], ..
                 function.max_dynamic_shared_size_bytes = shared_bytes
         except cupy.cuda.compiler.CompileException as error:
             raise KernelBuildError(f"{name} {dict(macros)}: {error}") from error
-    return Kernel(name, device, function, torch.cuda.get_device_capability(device)[0] >= 9)
+    return Kernel(name, device, function, capability >= (9, 0))
 
 
 def kernel(name: str, device: torch.device, macros: Macros, shared_bytes: int = 0) -> Kernel:
