@@ -119,7 +119,7 @@ def factors_of(expansion: Expansion, device: torch.device) -> Factors:
 
 
 def _largest(matrix: Tensor | None) -> float:
-    return 1e-30 if matrix is None or not matrix.numel() else float(matrix.abs().max())
+    return 0.0 if matrix is None or not matrix.numel() else float(matrix.abs().max())
 
 
 def _fragments(matrix: Tensor) -> Tensor:
