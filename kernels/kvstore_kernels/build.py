@@ -19,7 +19,7 @@ from torch import Tensor
 CSRC = Path(__file__).parent / "csrc"
 OPTIONS = ("-std=c++17", "-lineinfo", f"-I{CSRC}")
 HOPPER_OPTIONS = ("--gpu-architecture=sm_90a",)
-"""CuPy asks for sm_90, which lacks wgmma; of two architectures NVRTC takes the one that has more, from HOPPER_NVRTC on."""
+"""CuPy asks for sm_90, which lacks wgmma. Of two architectures NVRTC takes the one with more, since HOPPER_NVRTC."""
 HOPPER_NVRTC = (12, 9)
 OVERLAP = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION of cuda.h."""

@@ -1,4 +1,4 @@
-"""Every kernel compiles for sm_80 and sm_90a and keeps what it computes with in registers; no GPU is needed for that."""
+"""Every kernel compiles for sm_80 and sm_90a and keeps what it computes with in registers; that takes no GPU."""
 
 import re
 import shutil
