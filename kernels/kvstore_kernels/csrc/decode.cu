@@ -1,26 +1,29 @@
-// Vectors rebuilt from sign sketches, x^ = mean + sum_g ( alpha_g E_g^T t_g + beta_g f_g ), on tensor cores in half precision.
+// Vectors rebuilt from sign sketches, x^ = mean + sum_g ( alpha_g E_g^T t_g + beta_g f_g ), on sparse tensor cores.
 //
-// A row of the first operand is a token: alpha with the sign of each bit, which is exact, so that one sum in float32 takes all
-// groups. The second operand is E, rounded to float16: the error is that of one rounding of E, far below what a sketch loses.
-// A slot is a word of bits, or for beta_g f_g a word of ones before the two halves that make up f_g.
-// Hopper multiplies a warp group's 64 tokens at once and reads E from shared memory by itself; elsewhere, and where E does not
-// fit shared memory, each warp multiplies its 16 tokens. Lanes hold the same of both operands and of the sums either way.
+// t_1 e_1 + t_2 e_2 is t_1 (e_1 + e_2) where the bits are equal, else t_1 (e_1 - e_2): of the two rows e_1 + e_2 and e_1 - e_2
+// one counts and one does not. So two rows of E cost what one does: alpha with the sign of a pair's first bit is a nonzero of A,
+// the xor of both bits says which of two neighbours it is, and a word of bits makes its own metadata. alpha and the sums are
+// exact or float32, so that one sum takes all groups; E's sums and differences are rounded to float16, far below what a sketch
+// loses. A slot is a word of bits, or for beta_g f_g a word of ones before the two halves that make up f_g.
 //
-// Grid (X, HEAD_DIM / CHANNELS, H), GROUPS_OF_WARPS times 4 warps, each 16 tokens and CHANNELS channels; a group of warps takes
-// every X GROUPS_OF_WARPSth run of 64 tokens. Its words arrive in the background a run ahead.
+// Hopper multiplies 64 tokens of a group of four warps at once and reads E from shared memory by itself; elsewhere, and where E
+// does not fit shared memory, each warp multiplies its 16 tokens. Lanes hold the same of A and of the sums either way.
+//
+// Grid (X, HEAD_DIM / CHANNELS, H), WARP_GROUPS times four warps, each 16 tokens and CHANNELS channels; a group takes every
+// X WARP_GROUPSth run of 64 tokens. Its words arrive in the background a run ahead.
 //
 // words u32 [N, width]; scales half [N, scale_count]. plans int [H][PLAN]: how many words the head has, how many slots (a multiple
-// of CHUNK), then for each slot its word in a token's row, then its scale there or -1. factors [H][HEAD_DIM / 32][SLOTS][2][2][4]
-// of 8 x 8 halves: [i][c][q][r][2 t + b] is row 16 b + 4 t + 2 i + c of the slot's word at channel 8 (r / 2) + 2 q + r % 2, so
-// that one shift brings two bits to the signs of two halves and a lane ends with eight neighbours. One of a sum is worth `unit`.
-// mean float [H, HEAD_DIM]; out [N, H, HEAD_DIM] of OUT (0 float32, 1 float16, 2 bfloat16).
+// of CHUNK), then for each slot its word in a token's row, then its scale there or -1. factors [H][HEAD_DIM / 32][SLOTS][4][4]
+// of 8 x 8 halves: [k][q][r][i] is at channel 8 (r / 2) + 2 q + r % 2, so that a lane ends with eight neighbours, the sum (i
+// even) or difference of rows 8 k + i & ~1 and the next. One of a sum is worth `unit`. mean float [H, HEAD_DIM]; out [N, H,
+// HEAD_DIM] of OUT (0 float32, 1 float16, 2 bfloat16).
 // Macros: HEAD_DIM, SLOTS (of the head that has most), SCALES (a token has in a head), OUT, CHANNELS, WARP_GROUPS, RESIDENT
 // (factors in shared memory).
 #include "ptx.cuh"
 
 #define THREADS (WARP_GROUPS * 128)
-#define TOKENS 16  // of a warp
-#define CHUNK 4    // slots multiplied at once
+#define TOKENS 16          // of a warp
+#define CHUNK 4            // slots multiplied at once
 #define PITCH (SLOTS | 1)  // so that eight rows meet no bank conflict
 #define STAGED (4 * 2 * TOKENS * PITCH)  // words of a group of warps
 #define PLAN (2 + 2 * SLOTS)
@@ -30,89 +33,127 @@
 #define WIDTH (CHANNELS % 64 ? 32 : 64)  // channels of a product of a group of warps
 #endif
 
-// Where part k = 4 slot + 2 i + c of the factors of 32 channels lies, in u32 (4 x 32 each).
+// Where the eight rows k of the factors of 32 channels lie, in u32.
 #define PART(slice, k) ((RESIDENT ? (k) * SLICES + (slice) : (slice) * SLOTS * 4 + (k)) * 128)
 
 __device__ __forceinline__ void copy_async_4(u32 shared, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0],[%1],4;" ::"r"(shared), "l"(from) : "memory");
 }
 
-__device__ __forceinline__ void store_16(void* to, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("st.global.v4.b32 [%0],{%1,%2,%3,%4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+__device__ __forceinline__ void store_16(void* to, u32 a, u32 b, u32 c, u32 d, bool present) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p,%5,0; @p st.global.v4.b32 [%0],{%1,%2,%3,%4};}" ::"l"(to), "r"(a), "r"(b), "r"(c),
+                 "r"(d), "r"((int)present)
+                 : "memory");
 }
 
-__device__ __forceinline__ void store_8(void* out, i64 at, const float (&v)[8]) {
+__device__ __forceinline__ void store_8(u8* to, const float (&v)[8], bool present) {
     if (OUT == 0) {
-        float* to = (float*)out + at;
-        store_16(to, __float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
-        store_16(to + 4, __float_as_uint(v[4]), __float_as_uint(v[5]), __float_as_uint(v[6]), __float_as_uint(v[7]));
+        store_16(to, __float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]), present);
+        store_16(to + 16, __float_as_uint(v[4]), __float_as_uint(v[5]), __float_as_uint(v[6]), __float_as_uint(v[7]), present);
     } else if (OUT == 1) {
-        store_16((u16*)out + at, to_halves(v[0], v[1]), to_halves(v[2], v[3]), to_halves(v[4], v[5]), to_halves(v[6], v[7]));
+        store_16(to, to_halves(v[0], v[1]), to_halves(v[2], v[3]), to_halves(v[4], v[5]), to_halves(v[6], v[7]), present);
     } else {
-        store_16((u16*)out + at, to_bfloats(v[0], v[1]), to_bfloats(v[2], v[3]), to_bfloats(v[4], v[5]), to_bfloats(v[6], v[7]));
+        store_16(to, to_bfloats(v[0], v[1]), to_bfloats(v[2], v[3]), to_bfloats(v[4], v[5]), to_bfloats(v[6], v[7]), present);
     }
 }
 
-// `alpha` twice with the signs that bits 15 and 31 of `bits` give: set for plus.
-__device__ __forceinline__ u32 signed_pair(u32 alpha, u32 bits) { return alpha ^ (~bits & 0x80008000u); }
+// Of a chunk: for each word the nonzeros, two pairs of bits 16 apart to a register, for each two words which neighbours they are.
+struct Signs {
+    u32 of[CHUNK][4], metadata[CHUNK / 2];
+
+    __device__ __forceinline__ void set(int slot, const u32 (&alpha)[2], const u32 (&words)[2]) {
+        const int t = threadIdx.x & 3;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const u32 bits = (words[i % 2] >> i / 2 * 16 & 5u << 4 * t) * (0x20008000u >> 4 * t);  // at 15 and 31
+            of[slot][i] = alpha[i % 2] ^ (~bits & 0x80008000u);
+        }
+        const u32 own = __byte_perm(words[0], words[1], t & 1 ? 0x7632 : 0x5410);
+        if (slot % 2 == 0 || t >> 1) metadata[slot / 2] = ((own ^ own >> 1) & 0x55555555u) | 0x88888888u;
+    }
+};
 
 // The sums of 16 tokens: lane (g, t) has of tokens g and g + 8 channels 32 (n / 4) + 8 t + 2 (n % 4) and the next.
 struct Sums {
     float of[SLICES * 4][4];
 
-    // Adds, or sets if `first`, the products of CHUNK slots from slot `at` on.
-    __device__ __forceinline__ void take(const u32 (&a)[CHUNK * 2][4], const u32* factors, int at, bool first) {
+    // Adds, or sets if `first`, the products of a chunk from slot `at` on.
+    __device__ __forceinline__ void take(const Signs& signs, const u32* factors, int at, bool first) {
 #ifdef WIDTH
         // Shared memory in 16 bytes: where, from one 8 x 8 matrix to the next along rows of E, along channels.
         const u64 matrices = (u64)(shared_address(factors + PART(0, 4 * at)) >> 4) | (u64)(SLICES * 32) << 16 | (u64)8 << 32;
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-        for (int k = 0; k < CHUNK * 2; k++) {
+        for (int slot = 0; slot < CHUNK; slot++) {
 #pragma unroll
-            for (int n = 0; n < SLICES * 4; n += WIDTH / 8)
-                multiply(&of[n], a[k], matrices + k * SLICES * 64 + n * 8, k || !first);
+            for (int n = 0; n < SLICES * 4; n += WIDTH / 8) {
+                const u64 from = matrices + slot * SLICES * 128 + n * 8;
+                if (slot % 2)
+                    multiply<1>(&of[n], signs.of[slot], signs.metadata[slot / 2], from, true);
+                else
+                    multiply<0>(&of[n], signs.of[slot], signs.metadata[slot / 2], from, slot || !first);
+            }
         }
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #else
         factors += threadIdx.x & 31;
 #pragma unroll
-        for (int k = 0; k < CHUNK * 2; k++) {
+        for (int slot = 0; slot < CHUNK; slot++) {
 #pragma unroll
             for (int n = 0; n < SLICES * 4; n++) {
-                const u32* from = factors + PART(n / 4, 4 * at + 2 * k) + n % 4 * 32;
-                if (first && !k) of[n][0] = of[n][1] = of[n][2] = of[n][3] = 0;
-                mma_half(of[n], a[k], from[0], from[PART(0, 1)]);
+                const u32* from = factors + PART(n / 4, 4 * (at + slot)) + n % 4 * 32;
+                if (first && !slot) of[n][0] = of[n][1] = of[n][2] = of[n][3] = 0;
+                if (slot % 2)
+                    multiply<1>(of[n], signs.of[slot], signs.metadata[slot / 2], from);
+                else
+                    multiply<0>(of[n], signs.of[slot], signs.metadata[slot / 2], from);
             }
         }
 #endif
     }
 
-#ifdef WIDTH
   private:
+    // A is 64 or 16 tokens x 32 columns, of which every pair has one nonzero. Lane (g, t) has of it columns 4 t .. 4 t + 3 of
+    // rows g and g + 8, then those 16 columns on; of the metadata, if t / 2 is WHICH, columns 16 (t % 2) .. + 15 of both rows.
+#ifdef WIDTH
 #define FOUR(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
-    __device__ static __forceinline__ void multiply(float (*c)[4], const u32 (&a)[4], u64 b, bool add) {
-#if CHANNELS % 64 == 0
+    template <int WHICH>
+    __device__ static __forceinline__ void multiply(float (*c)[4], const u32 (&a)[4], u32 metadata, u64 b, bool add) {
+#if WIDTH == 64
         asm volatile(
-            "{.reg .pred p; setp.ne.b32 p,%37,0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,"
-            "%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},{%32,%33,%34,%35},%36,"
-            "p,1,1,0;}"
+            "{.reg .pred p; setp.ne.b32 p,%39,0; wgmma.mma_async.sp.sync.aligned.m64n64k32.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,"
+            "%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},{%32,%33,%34,%35},"
+            "%36,%37,%38,p,1,1,0;}"
             : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7)
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(WHICH), "r"((int)add));
 #else
         asm volatile(
-            "{.reg .pred p; setp.ne.b32 p,%21,0; wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,"
-            "%9,%10,%11,%12,%13,%14,%15},{%16,%17,%18,%19},%20,p,1,1,0;}"
+            "{.reg .pred p; setp.ne.b32 p,%23,0; wgmma.mma_async.sp.sync.aligned.m64n32k32.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,"
+            "%8,%9,%10,%11,%12,%13,%14,%15},{%16,%17,%18,%19},%20,%21,%22,p,1,1,0;}"
             : FOUR(0), FOUR(1), FOUR(2), FOUR(3)
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(WHICH), "r"((int)add));
 #endif
+    }
+#else
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1205
+#define SPARSE "mma.sp::ordered_metadata.sync"
+#else
+#define SPARSE "mma.sp.sync"
+#endif
+    template <int WHICH>
+    __device__ static __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 metadata, const u32* b) {
+        asm(SPARSE ".aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9,%10,%11},{%0,%1,%2,%3},%12,%13;"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[PART(0, 1)]), "r"(b[PART(0, 2)]), "r"(b[PART(0, 3)]),
+              "r"(metadata), "n"(WHICH));
     }
 #endif
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     decode(const u32* __restrict__ words, const u16* __restrict__ scales, const int* __restrict__ plans,
-           const u32* __restrict__ factors, const float* __restrict__ mean, void* __restrict__ out, i64 tokens, i64 width,
+           const u32* __restrict__ factors, const float* __restrict__ mean, u8* __restrict__ out, i64 tokens, i64 width,
            i64 scale_count, float unit) {
     extern __shared__ __align__(128) u8 shared[];
     u32* resident = (u32*)shared;
@@ -139,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     // Asks for the words of the run that begins at `first`: eight words of four tokens at a time.
     auto stage = [&](i64 first, u32* to) {
         const int left = (int)min(tokens - first, (i64)TOKENS), token = lane >> 3;
-#pragma unroll (SLOTS > 8 ? 1 : 2)
+#pragma unroll (SLOTS > 8 ? 2 : 1)
         for (int slot = lane & 7; slot < own_words; slot += 8) {
             const u32* from = words + (first + token) * width + plan[2 + slot];
 #pragma unroll
@@ -148,20 +189,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         close_copies();
     };
-    // Twice one scale of the tokens g and g + 8 of a run, or zero.
+    // One scale of the tokens g and g + 8 of a run, or zero.
     auto load_scales = [&](i64 first, int which, u32 (&to)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; half++)
-            to[half] = which < 0 ? 0 : scales[min(first + half * 8 + g, tokens - 1) * scale_count + which] * 0x10001u;
+            to[half] = which < 0 ? 0 : scales[min(first + half * 8 + g, tokens - 1) * scale_count + which];
     };
     i64 first = (i64)blockIdx.x * RUN + warp * TOKENS;
-    u32 alpha[2], next[2];
+    u32 next[2];
     stage(first, staged);
     load_scales(first, own_scales[0], next);
     int buffer = 0;
     // A group of warps goes on as long as its first one has tokens.
     for (i64 left = tokens - (first - warp % 4 * TOKENS); left > 0; left -= step, first += step, buffer ^= 1) {
-        alpha[0] = next[0], alpha[1] = next[1];
+        u32 alpha[2] = {next[0] * 0x10001u, next[1] * 0x10001u};
         stage(first + step, staged + (buffer ^ 1) * TOKENS * PITCH);
         load_scales(first + step, own_scales[0], next);
         await_copies<1>();
@@ -170,27 +211,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         Sums sums;
 #pragma unroll 1
         for (int at = 0; at < slots; at += CHUNK) {
-            u32 a[CHUNK * 2][4];
+            Signs signs;
 #pragma unroll
             for (int slot = 0; slot < CHUNK; slot++) {
-                if (SCALES > 1) load_scales(first, own_scales[at + slot], alpha);
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    const u32 word = row[i % 2 * 8 * PITCH + at + slot] << (12 - 4 * t);
-                    a[slot * 2 + i / 4][i % 4] = signed_pair(alpha[i % 2], word << (3 - i / 2));
+                const u32 both[2] = {row[at + slot], row[8 * PITCH + at + slot]};
+                if (SCALES > 1) {
+                    load_scales(first, own_scales[at + slot], alpha);
+                    alpha[0] *= 0x10001u, alpha[1] *= 0x10001u;
                 }
+                signs.set(slot, alpha, both);
             }
-            sums.take(a, RESIDENT ? resident : factors, at, at == 0);
+            sums.take(signs, RESIDENT ? resident : factors, at, at == 0);
         }
+        const i64 at = ((first + g) * gridDim.z + h) * HEAD_DIM + blockIdx.y * CHANNELS + 8 * t, pitch = (i64)gridDim.z * HEAD_DIM;
 #pragma unroll
-        for (int i = 0; i < SLICES * 2; i++) {
-            const int slice = i / 2, half = i % 2;
-            const i64 token = first + half * 8 + g;
-            const float* own = own_mean + slice * 32 + 8 * t;
-            float x[8];
+        for (int slice = 0; slice < SLICES; slice++) {
+            const float4 *own = (const float4*)(own_mean + slice * 32 + 8 * t), own_0 = own[0], own_1 = own[1];
+            const float own_all[8] = {own_0.x, own_0.y, own_0.z, own_0.w, own_1.x, own_1.y, own_1.z, own_1.w};
 #pragma unroll
-            for (int c = 0; c < 8; c++) x[c] = fmaf(sums.of[slice * 4 + c / 2][half * 2 + c % 2], unit, own[c]);
-            if (token < tokens) store_8(out, (token * gridDim.z + h) * HEAD_DIM + blockIdx.y * CHANNELS + slice * 32 + 8 * t, x);
+            for (int half = 0; half < 2; half++) {
+                float x[8];
+#pragma unroll
+                for (int c = 0; c < 8; c++) x[c] = fmaf(sums.of[slice * 4 + c / 2][half * 2 + c % 2], unit, own_all[c]);
+                store_8(out + (at + half * 8 * pitch + slice * 32) * (OUT ? 2 : 4), x, first + half * 8 + g < tokens);
+            }
         }
         __syncwarp();
     }

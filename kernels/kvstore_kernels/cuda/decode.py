@@ -21,8 +21,8 @@ PLACES = ((128, 3, 1), (96, 3, 1), (64, 3, 1), (32, 3, 1), (32, 1, 1), (32, 3, 0
 """Channels and groups of warps of a block, whether factors lie in shared memory; best first."""
 SHARED_MOST = 160 * 1024
 """Bytes that every device has."""
-LARGEST_FACTOR = 2.0**15
-"""The largest factors lie below it, far from where float16 loses bits of small ones."""
+LARGEST_FACTOR = 2.0**14
+"""The largest rows lie below it: sums of two do not leave float16, and small ones lose no bits in it."""
 OUT_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -31,7 +31,7 @@ class Factors:
     """An expansion as decode.cu reads it."""
 
     plans: Tensor  # [H, 2 + 2 * slots] int32
-    matrix: Tensor  # [H, D / 32, slots, 2, 2, 4, 8, 8] float16
+    matrix: Tensor  # [H, D / 32, slots, 4, 4, 8, 8] float16
     mean: Tensor  # [H, D] float32
     unit: float
 
@@ -103,18 +103,18 @@ def factors_of(expansion: Expansion, device: torch.device) -> Factors:
     more = [layout.groups * bool(layout.has_offsets and own) for own in layout.word_groups]
     slots = [max(1, -(-(count + own) // CHUNK)) * CHUNK for count, own in zip(words, more, strict=True)]
     plans = torch.full((layout.heads, 2 + 2 * max(slots)), -1, dtype=torch.int32)
-    matrix = torch.zeros(layout.heads, max(slots), WORD_ROWS, layout.head_dim, dtype=torch.float16)
+    matrix = torch.zeros(layout.heads, max(slots), WORD_ROWS, layout.head_dim, dtype=torch.float64)
     for head, (own, count) in enumerate(zip(layout.word_groups, words, strict=True)):
         rows, scales, first = matrix[head], plans[head, 2 + max(slots) :], layout.scale_starts[head]
         plans[head, :2] = torch.tensor([count, slots[head]])
         plans[head, 2 : 2 + count] = layout.word_starts[head] + torch.arange(count)
         scales[:count] = first + torch.tensor(own[:count])
-        rows[:count] = (expansion.matrix[head] / unit).view(count, WORD_ROWS, layout.head_dim)
+        rows[:count] = (expansion.matrix[head].double() / unit).view(count, WORD_ROWS, layout.head_dim)
         if offsets is not None and own:
             end = count + layout.groups
             scales[count:end] = first + layout.groups + torch.arange(layout.groups)
-            rows[count:end, 0] = offsets / unit
-            rows[count:end, 16] = offsets / unit - rows[count:end, 0]
+            rows[count:end, 0] = (offsets / unit).half()
+            rows[count:end, 2] = offsets / unit - rows[count:end, 0]
     return Factors(plans.to(device), _fragments(matrix).to(device), expansion.mean.to(device).contiguous(), unit)
 
 
@@ -123,7 +123,9 @@ def _largest(matrix: Tensor | None) -> float:
 
 
 def _fragments(matrix: Tensor) -> Tensor:
-    """[H, slots, 32, D] in the order that decode.cu gives."""
+    """Sums and differences of pairs of rows [H, slots, 32, D], in float16 and the order that decode.cu gives."""
+    first, second = matrix.unflatten(2, (-1, 2)).unbind(3)
+    pairs = torch.stack([first + second, first - second], 3).half()
     heads, slots, _, head_dim = matrix.shape
-    rows = matrix.view(heads, slots, 2, 4, 2, 2, head_dim // SLICE, 4, 4, 2)  # b, t, i, c, slice, r / 2, q, r % 2
-    return rows.permute(0, 6, 1, 4, 5, 8, 7, 9, 3, 2).reshape(heads, head_dim // SLICE, slots, 2, 2, 4, 8, 8)
+    rows = pairs.view(heads, slots, 4, 8, head_dim // SLICE, 4, 4, 2)  # k, i, slice, r / 2, q, r % 2
+    return rows.permute(0, 4, 1, 2, 6, 5, 7, 3).reshape(heads, head_dim // SLICE, slots, 4, 4, 8, 8)
