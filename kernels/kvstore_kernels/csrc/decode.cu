@@ -6,8 +6,9 @@
 // exact or float32, so that one sum takes all groups; E's sums and differences are rounded to float16, far below what a sketch
 // loses. A slot is a word of bits, or for beta_g f_g a word of ones before the two halves that make up f_g.
 //
-// Hopper multiplies 64 tokens of a group of four warps at once and reads E from shared memory by itself; elsewhere, and where E
-// does not fit shared memory, each warp multiplies its 16 tokens. Lanes hold the same of A and of the sums either way.
+// Hopper multiplies 64 tokens of a group of four warps at once and reads E from shared memory by itself. Elsewhere, and where E
+// does not fit shared memory, each warp multiplies by itself; two share their tokens and halve the channels, so that what is
+// read of E serves twice. Lanes hold the same of A and of the sums either way.
 //
 // Grid (X, HEAD_DIM / CHANNELS, H), WARP_GROUPS times four warps, each 16 tokens and CHANNELS channels; a group takes every
 // X WARP_GROUPSth run of 64 tokens. Its words arrive in the background a run ahead.
@@ -31,7 +32,11 @@
 #define RUN (64 * WARP_GROUPS)
 #if RESIDENT && defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define WIDTH (CHANNELS % 64 ? 32 : 64)  // channels of a product of a group of warps
+#define TILES 1                          // of 16 tokens, of a warp
+#else
+#define TILES (SLICES % 2 ? 1 : 2)
 #endif
+#define OWN_SLICES (SLICES / TILES)
 
 // Where the eight rows k of the factors of 32 channels lie, in u32.
 #define PART(slice, k) ((RESIDENT ? (k) * SLICES + (slice) : (slice) * SLOTS * 4 + (k)) * 128)
@@ -73,12 +78,12 @@ struct Signs {
     }
 };
 
-// The sums of 16 tokens: lane (g, t) has of tokens g and g + 8 channels 32 (n / 4) + 8 t + 2 (n % 4) and the next.
+// The sums of a warp: lane (g, t) has of tokens g and g + 8 of a tile channels 32 (n / 4) + 8 t + 2 (n % 4) and the next.
 struct Sums {
-    float of[SLICES * 4][4];
+    float of[TILES][OWN_SLICES * 4][4];
 
     // Adds, or sets if `first`, the products of a chunk from slot `at` on.
-    __device__ __forceinline__ void take(const Signs& signs, const u32* factors, int at, bool first) {
+    __device__ __forceinline__ void take(const Signs (&signs)[TILES], const u32* factors, int at, bool first) {
 #ifdef WIDTH
         // Shared memory in 16 bytes: where, from one 8 x 8 matrix to the next along rows of E, along channels.
         const u64 matrices = (u64)(shared_address(factors + PART(0, 4 * at)) >> 4) | (u64)(SLICES * 32) << 16 | (u64)8 << 32;
@@ -89,9 +94,9 @@ struct Sums {
             for (int n = 0; n < SLICES * 4; n += WIDTH / 8) {
                 const u64 from = matrices + slot * SLICES * 128 + n * 8;
                 if (slot % 2)
-                    multiply<1>(&of[n], signs.of[slot], signs.metadata[slot / 2], from, true);
+                    multiply<1>(&of[0][n], signs[0].of[slot], signs[0].metadata[slot / 2], from, true);
                 else
-                    multiply<0>(&of[n], signs.of[slot], signs.metadata[slot / 2], from, slot || !first);
+                    multiply<0>(&of[0][n], signs[0].of[slot], signs[0].metadata[slot / 2], from, slot || !first);
             }
         }
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
@@ -101,13 +106,18 @@ struct Sums {
 #pragma unroll
         for (int slot = 0; slot < CHUNK; slot++) {
 #pragma unroll
-            for (int n = 0; n < SLICES * 4; n++) {
+            for (int n = 0; n < OWN_SLICES * 4; n++) {
                 const u32* from = factors + PART(n / 4, 4 * (at + slot)) + n % 4 * 32;
-                if (first && !slot) of[n][0] = of[n][1] = of[n][2] = of[n][3] = 0;
-                if (slot % 2)
-                    multiply<1>(of[n], signs.of[slot], signs.metadata[slot / 2], from);
-                else
-                    multiply<0>(of[n], signs.of[slot], signs.metadata[slot / 2], from);
+                const u32 b[4] = {from[0], from[PART(0, 1)], from[PART(0, 2)], from[PART(0, 3)]};
+#pragma unroll
+                for (int tile = 0; tile < TILES; tile++) {
+                    float(&c)[4] = of[tile][n];
+                    if (first && !slot) c[0] = c[1] = c[2] = c[3] = 0;
+                    if (slot % 2)
+                        multiply<1>(c, signs[tile].of[slot], signs[tile].metadata[slot / 2], b);
+                    else
+                        multiply<0>(c, signs[tile].of[slot], signs[tile].metadata[slot / 2], b);
+                }
             }
         }
 #endif
@@ -142,11 +152,11 @@ struct Sums {
 #define SPARSE "mma.sp.sync"
 #endif
     template <int WHICH>
-    __device__ static __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 metadata, const u32* b) {
+    __device__ static __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 metadata, const u32 (&b)[4]) {
         asm(SPARSE ".aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9,%10,%11},{%0,%1,%2,%3},%12,%13;"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[PART(0, 1)]), "r"(b[PART(0, 2)]), "r"(b[PART(0, 3)]),
-              "r"(metadata), "n"(WHICH));
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata),
+              "n"(WHICH));
     }
 #endif
 };
@@ -189,53 +199,70 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         close_copies();
     };
-    // One scale of the tokens g and g + 8 of a run, or zero.
-    auto load_scales = [&](i64 first, int which, u32 (&to)[2]) {
+    // One scale of the tokens g and g + 8 of the tiles from `first` on, or zero.
+    auto load_scales = [&](i64 first, int which, u32 (&to)[TILES][2]) {
 #pragma unroll
-        for (int half = 0; half < 2; half++)
-            to[half] = which < 0 ? 0 : scales[min(first + half * 8 + g, tokens - 1) * scale_count + which];
+        for (int i = 0; i < TILES * 2; i++)
+            to[i / 2][i % 2] = which < 0 ? 0 : scales[min(first + i * 8 + g, tokens - 1) * scale_count + which];
     };
+    // The warps that share tokens.
+    auto sync = [&]() {
+        if (TILES == 1)
+            __syncwarp();
+        else
+            asm volatile("bar.sync %0,%1;" ::"r"(1 + warp / TILES), "n"(TILES * 32) : "memory");
+    };
+    const int place = warp % TILES;
     i64 first = (i64)blockIdx.x * RUN + warp * TOKENS;
-    u32 next[2];
+    u32 next[TILES][2];
     stage(first, staged);
-    load_scales(first, own_scales[0], next);
+    load_scales(first - place * TOKENS, own_scales[0], next);
     int buffer = 0;
     // A group of warps goes on as long as its first one has tokens.
     for (i64 left = tokens - (first - warp % 4 * TOKENS); left > 0; left -= step, first += step, buffer ^= 1) {
-        u32 alpha[2] = {next[0] * 0x10001u, next[1] * 0x10001u};
+        const i64 own_first = first - place * TOKENS + g;
+        u32 alpha[TILES][2];
+#pragma unroll
+        for (int i = 0; i < TILES * 2; i++) alpha[i / 2][i % 2] = next[i / 2][i % 2] * 0x10001u;
         stage(first + step, staged + (buffer ^ 1) * TOKENS * PITCH);
-        load_scales(first + step, own_scales[0], next);
+        load_scales(first - place * TOKENS + step, own_scales[0], next);
         await_copies<1>();
-        __syncwarp();
-        const u32* row = staged + (buffer * TOKENS + g) * PITCH;
+        sync();
+        const u32* row = staged + ((buffer - 2 * place) * TOKENS + g) * PITCH;
         Sums sums;
 #pragma unroll 1
         for (int at = 0; at < slots; at += CHUNK) {
-            Signs signs;
+            Signs signs[TILES];
 #pragma unroll
             for (int slot = 0; slot < CHUNK; slot++) {
-                const u32 both[2] = {row[at + slot], row[8 * PITCH + at + slot]};
                 if (SCALES > 1) {
-                    load_scales(first, own_scales[at + slot], alpha);
-                    alpha[0] *= 0x10001u, alpha[1] *= 0x10001u;
+                    load_scales(first - place * TOKENS, own_scales[at + slot], alpha);
+#pragma unroll
+                    for (int i = 0; i < TILES * 2; i++) alpha[i / 2][i % 2] *= 0x10001u;
                 }
-                signs.set(slot, alpha, both);
+#pragma unroll
+                for (int tile = 0; tile < TILES; tile++) {
+                    const u32* from = row + tile * 2 * TOKENS * PITCH + at + slot;
+                    const u32 both[2] = {from[0], from[8 * PITCH]};
+                    signs[tile].set(slot, alpha[tile], both);
+                }
             }
-            sums.take(signs, RESIDENT ? resident : factors, at, at == 0);
+            sums.take(signs, RESIDENT ? resident + PART(place * OWN_SLICES, 0) : factors + PART(place * OWN_SLICES, 0), at, at == 0);
         }
-        const i64 at = ((first + g) * gridDim.z + h) * HEAD_DIM + blockIdx.y * CHANNELS + 8 * t, pitch = (i64)gridDim.z * HEAD_DIM;
 #pragma unroll
-        for (int slice = 0; slice < SLICES; slice++) {
-            const float4 *own = (const float4*)(own_mean + slice * 32 + 8 * t), own_0 = own[0], own_1 = own[1];
+        for (int slice = 0; slice < OWN_SLICES; slice++) {
+            const int channel = (place * OWN_SLICES + slice) * 32 + 8 * t;
+            const float4 *own = (const float4*)(own_mean + channel), own_0 = own[0], own_1 = own[1];
             const float own_all[8] = {own_0.x, own_0.y, own_0.z, own_0.w, own_1.x, own_1.y, own_1.z, own_1.w};
+            u8* to = out + ((own_first * gridDim.z + h) * HEAD_DIM + blockIdx.y * CHANNELS + channel) * (OUT ? 2 : 4);
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
+            for (int i = 0; i < TILES * 2; i++) {
                 float x[8];
 #pragma unroll
-                for (int c = 0; c < 8; c++) x[c] = fmaf(sums.of[slice * 4 + c / 2][half * 2 + c % 2], unit, own_all[c]);
-                store_8(out + (at + half * 8 * pitch + slice * 32) * (OUT ? 2 : 4), x, first + half * 8 + g < tokens);
+                for (int c = 0; c < 8; c++) x[c] = fmaf(sums.of[i / 2][slice * 4 + c / 2][i % 2 * 2 + c % 2], unit, own_all[c]);
+                store_8(to + (i64)i * 8 * gridDim.z * HEAD_DIM * (OUT ? 2 : 4), x, own_first + i * 8 < tokens);
             }
         }
-        __syncwarp();
+        sync();
     }
 }
