@@ -1,6 +1,9 @@
 """Create, get, list, update, delete and fork: facts go to the meta log first, then to the index."""
 
 import asyncio
+from collections.abc import Callable
+from time import monotonic
+from typing import ParamSpec
 
 from kvstore_codecs.resolve import check_spec
 from kvstore_codecs.spec import CodecSpec, ModelShape
@@ -12,6 +15,9 @@ from kvstore_server.sessions.projecting import Projecting
 from kvstore_server.sessions.quotas import Quotas
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.storage.keys import check_name
+from kvstore_server.storage.session_state import SessionState
+
+P = ParamSpec("P")
 
 TTL_SECONDS_MAX = 10 * 365 * 86_400.0
 
@@ -53,8 +59,7 @@ class Lifecycle:
         await self._projecting.of(spec, shape)
         await self._check_quota(tenant, name)
         log = self._registry.log(tenant)
-        _, present = await asyncio.to_thread(log.create, name, shape, spec, ttl_seconds=ttl_seconds, pinned=pinned)
-        return await self._created(tenant, name, present), present
+        return await self._made(log.create, name, shape, spec, ttl_seconds=ttl_seconds, pinned=pinned)
 
     async def get(self, tenant: str, name: str) -> SessionInfo:
         check_name("name", name)
@@ -91,7 +96,8 @@ class Lifecycle:
         ttl = keep if ttl_seconds is None else ttl_seconds
         pin = live.state.pinned if pinned is None else pinned
         await asyncio.to_thread(log.update, live.state, ttl_seconds=ttl, pinned=pin)
-        return await self._known(tenant, name)
+        self._indexing.changed(live)
+        return live.info()
 
     async def delete(self, tenant: str, name: str, generation: str | None) -> bool:
         """True if something was deleted; forks keep what they share."""
@@ -123,8 +129,7 @@ class Lifecycle:
             raise OutOfRange("BEYOND_LENGTH", f"end {end} is beyond the length {live.length}", length=live.length)
         await self._check_quota(tenant, name)
         log = self._registry.log(tenant)
-        _, present = await asyncio.to_thread(log.fork, live.state, end, name, ttl_seconds=ttl_seconds, pinned=pinned)
-        return await self._created(tenant, name, present), present
+        return await self._made(log.fork, live.state, end, name, ttl_seconds=ttl_seconds, pinned=pinned)
 
     async def _check_quota(self, tenant: str, name: str) -> None:
         """What is there already may be created again."""
@@ -132,17 +137,19 @@ class Lifecycle:
         if refusal is not None and await self._registry.find(tenant, name) is None:
             raise refusal
 
-    async def _created(self, tenant: str, name: str, present: bool) -> SessionInfo:
-        if not present:
-            self._quotas.created(tenant)
-        return await self._known(tenant, name)
-
-    async def _known(self, tenant: str, name: str) -> SessionInfo:
-        """The session as the store has it now, also in the index."""
-        self._registry.forget(tenant, name)
-        live = await self._registry.open(tenant, name, None)
+    async def _made(
+        self, make: Callable[P, tuple[SessionState, bool]], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[SessionInfo, bool]:
+        """The session that `make` makes or finds, open and in the index. One that is open keeps its rows."""
+        now = monotonic()
+        state, present = await asyncio.to_thread(make, *args, **kwargs)
+        if present:
+            live = await self._registry.open_now(state.tenant, state.session, None)
+        else:
+            self._quotas.created(state.tenant)
+            live = await self._registry.adopt(state, now)
         self._indexing.changed(live)
-        return live.info()
+        return live.info(), present
 
     def _check_shape(self, shape: ModelShape) -> None:
         limits = self._limits

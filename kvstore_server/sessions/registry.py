@@ -14,7 +14,7 @@ from kvstore_server.sessions.loading import extend_resident, read_fit
 from kvstore_server.sessions.projecting import Projecting
 from kvstore_server.storage.commit_log import CommitLog
 from kvstore_server.storage.keys import is_generation
-from kvstore_server.storage.session_state import AppendEntry
+from kvstore_server.storage.session_state import AppendEntry, SessionState
 from kvstore_server.storage.store import ObjectStore
 from kvstore_server.telemetry import Telemetry
 
@@ -227,10 +227,14 @@ class Registry:
     async def _from_store(self, tenant: str, name: str) -> LiveSession | None:
         now = monotonic()
         state = await asyncio.to_thread(self.log(tenant).load, name)
-        if state is None:
-            return None
+        return None if state is None else await self.adopt(state, now)
+
+    async def adopt(self, state: SessionState, checked_at: float) -> LiveSession:
+        """Opens what the store had at `checked_at`; its log is read unless it is known."""
+        tenant, name = state.tenant, state.session
         live = LiveSession(state, await self._projecting.of(state.spec, state.shape), self._allocate)
-        live.checked_at = now
+        live.checked_at = checked_at
+        live.used_at = monotonic()
         self._opened(live)
         await asyncio.to_thread(self.log(tenant).appends, state)
         await self.ensure_fit(live)
