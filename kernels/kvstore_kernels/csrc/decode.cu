@@ -10,39 +10,52 @@
 // does not fit shared memory, each warp multiplies by itself; two share their tokens and halve the channels, so that what is
 // read of E serves twice. Lanes hold the same of A and of the sums either way.
 //
-// Grid (X, HEAD_DIM / CHANNELS, H), WARP_GROUPS times four warps, each 16 tokens and CHANNELS channels; a group takes every
+// Grid (X, HEAD_DIM / CHANNELS, HEADS), WARP_GROUPS times four warps, each 16 tokens and CHANNELS channels; a group takes every
 // X WARP_GROUPSth run of 64 tokens. Its words arrive in the background a run ahead.
 //
-// words u32 [N, width]; scales half [N, scale_count]. plans int [H][PLAN]: how many words the head has, how many slots (a multiple
-// of CHUNK), then for each slot its word in a token's row, then its scale there or -1. factors [H][HEAD_DIM / 32][SLOTS][4][4]
+// words u32 [N, width]; scales half [N, scale_count]. plans int [H][PLAN]: where the head's words begin in a token's row, how many
+// it has, how many slots (a multiple of 4), then for each slot its scale in a token's row or -1. factors [H][HEAD_DIM / 32][SLOTS][4][4]
 // of 8 x 8 halves: [k][q][r][i] is at channel 8 (r / 2) + 2 q + r % 2, so that a lane ends with eight neighbours, the sum (i
 // even) or difference of rows 8 k + i & ~1 and the next. One of a sum is worth `unit`. mean float [H, HEAD_DIM]; out [N, H,
 // HEAD_DIM] of OUT (0 float32, 1 float16, 2 bfloat16).
-// Macros: HEAD_DIM, SLOTS (of the head that has most), SCALES (a token has in a head), OUT, CHANNELS, WARP_GROUPS, RESIDENT
-// (factors in shared memory).
+// Macros: HEADS, HEAD_DIM, SLOTS (of the head that has most), SCALES (a token has in a head), PIECE (words copied at once: 4 where all
+// heads' words lie in whole fours), OUT, CHANNELS, WARP_GROUPS, RESIDENT (factors in shared memory).
 #include "ptx.cuh"
 
 #define THREADS (WARP_GROUPS * 128)
 #define TOKENS 16          // of a warp
-#define CHUNK 4            // slots multiplied at once
-#define PITCH (SLOTS | 1)  // so that eight rows meet no bank conflict
+#define PITCH (SLOTS | 4)  // so that eight rows of 16 bytes meet no bank conflict
 #define STAGED (4 * 2 * TOKENS * PITCH)  // words of a group of warps
-#define PLAN (2 + 2 * SLOTS)
+#define PLAN (3 + SLOTS)
+#define BYTES (OUT ? 2 : 4)
 #define SLICES (CHANNELS / 32)
 #define RUN (64 * WARP_GROUPS)
 #if RESIDENT && defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define WIDTH (CHANNELS % 64 ? 32 : 64)  // channels of a product of a group of warps
-#define TILES 1                          // of 16 tokens, of a warp
+#define WIDTH (CHANNELS == 128 ? 128 : 32)  // channels of a product of a group of warps
+#define TILES 1  // of 16 tokens, of a warp
+#define CHUNK 4  // slots multiplied at once
 #else
 #define TILES (SLICES % 2 ? 1 : 2)
+#define CHUNK 2
 #endif
 #define OWN_SLICES (SLICES / TILES)
 
 // Where the eight rows k of the factors of 32 channels lie, in u32.
 #define PART(slice, k) ((RESIDENT ? (k) * SLICES + (slice) : (slice) * SLOTS * 4 + (k)) * 128)
 
-__device__ __forceinline__ void copy_async_4(u32 shared, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0],[%1],4;" ::"r"(shared), "l"(from) : "memory");
+// Copies PIECE words to shared memory in the background.
+__device__ __forceinline__ void copy_piece(u32* to, const u32* from) {
+    if (PIECE == 4)
+        copy_async(shared_address(to), from);
+    else
+        asm volatile("cp.async.ca.shared.global [%0],[%1],4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+// Without a branch, which would split the warps of a product.
+__device__ __forceinline__ u32 load_or_zero(const u16* from, bool present) {
+    u16 v;
+    asm("{.reg .pred p; setp.ne.b32 p,%2,0; mov.b16 %0,0; @p ld.global.nc.u16 %0,[%1];}" : "=h"(v) : "l"(from), "r"((int)present));
+    return v;
 }
 
 __device__ __forceinline__ void store_16(void* to, u32 a, u32 b, u32 c, u32 d, bool present) {
@@ -66,15 +79,19 @@ __device__ __forceinline__ void store_8(u8* to, const float (&v)[8], bool presen
 struct Signs {
     u32 of[CHUNK][4], metadata[CHUNK / 2];
 
-    __device__ __forceinline__ void set(int slot, const u32 (&alpha)[2], const u32 (&words)[2]) {
+    __device__ __forceinline__ void set_nonzeros(int slot, const u32 (&alpha)[2], u32 upper, u32 lower) {
         const int t = threadIdx.x & 3;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const u32 bits = (words[i % 2] >> i / 2 * 16 & 5u << 4 * t) * (0x20008000u >> 4 * t);  // at 15 and 31
+            const u32 bits = ((i % 2 ? lower : upper) >> i / 2 * 16 & 5u << 4 * t) * (0x20008000u >> 4 * t);  // at 15 and 31
             of[slot][i] = alpha[i % 2] ^ (~bits & 0x80008000u);
         }
-        const u32 own = __byte_perm(words[0], words[1], t & 1 ? 0x7632 : 0x5410);
-        if (slot % 2 == 0 || t >> 1) metadata[slot / 2] = ((own ^ own >> 1) & 0x55555555u) | 0x88888888u;
+    }
+
+    __device__ __forceinline__ void set_metadata(int pair, uint2 upper, uint2 lower) {
+        const int t = threadIdx.x & 3;
+        const u32 own = __byte_perm(t >> 1 ? upper.y : upper.x, t >> 1 ? lower.y : lower.x, t & 1 ? 0x7632 : 0x5410);
+        metadata[pair] = ((own ^ own >> 1) & 0x55555555u) | 0x88888888u;
     }
 };
 
@@ -130,12 +147,14 @@ struct Sums {
 #define FOUR(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
     template <int WHICH>
     __device__ static __forceinline__ void multiply(float (*c)[4], const u32 (&a)[4], u32 metadata, u64 b, bool add) {
-#if WIDTH == 64
+#if WIDTH == 128
         asm volatile(
-            "{.reg .pred p; setp.ne.b32 p,%39,0; wgmma.mma_async.sp.sync.aligned.m64n64k32.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,"
-            "%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},{%32,%33,%34,%35},"
-            "%36,%37,%38,p,1,1,0;}"
-            : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7)
+            "{.reg .pred p; setp.ne.b32 p,%71,0; wgmma.mma_async.sp.sync.aligned.m64n128k32.f32.f16.f16 {%0,%1,%2,%3,%4,%5,"
+            "%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,"
+            "%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,"
+            "%61,%62,%63},{%64,%65,%66,%67},%68,%69,%70,p,1,1,0;}"
+            : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7), FOUR(8), FOUR(9), FOUR(10), FOUR(11), FOUR(12),
+              FOUR(13), FOUR(14), FOUR(15)
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(WHICH), "r"((int)add));
 #else
         asm volatile(
@@ -171,8 +190,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     u32* staged = (u32*)(own_mean + CHANNELS);
     int* plan = (int*)(staged + WARP_GROUPS * STAGED);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, h = blockIdx.z;
-    const i64 part = (i64)h * gridDim.y + blockIdx.y, step = (i64)gridDim.x * RUN;
-    factors += part * SLICES * SLOTS * 512;
+    const int part = h * gridDim.y + blockIdx.y;
+    factors += (i64)part * SLICES * SLOTS * 512;
     for (int i = threadIdx.x; i < RESIDENT * SLICES * SLOTS * 128; i += THREADS)
         copy_async(shared_address(resident + PART(i / (SLOTS * 128), i / 32 % (SLOTS * 4)) + i % 32 * 4), factors + i * 4);
     close_copies();
@@ -184,26 +203,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the products read what copies wrote
 #endif
     __syncthreads();
-    const int own_words = plan[0], slots = plan[1], *own_scales = plan + 2 + SLOTS;
+    const int own_words = plan[1], slots = plan[2], *own_scales = plan + 3;
     staged += warp * 2 * TOKENS * PITCH;
 
-    // Asks for the words of the run that begins at `first`: eight words of four tokens at a time.
-    auto stage = [&](i64 first, u32* to) {
-        const int left = (int)min(tokens - first, (i64)TOKENS), token = lane >> 3;
-#pragma unroll (SLOTS > 8 ? 2 : 1)
-        for (int slot = lane & 7; slot < own_words; slot += 8) {
-            const u32* from = words + (first + token) * width + plan[2 + slot];
-#pragma unroll
-            for (int i = 0; i < TOKENS; i += 4, from += 4 * width)
-                if (i < left - token) copy_async_4(shared_address(to + (i + token) * PITCH + slot), from);
+    // Of a run of the group of warps: where this warp's tokens begin, and this lane's of those that the warp multiplies; `left`
+    // tokens remain. The next run lies `step` further on; one more than there are stays below 2^31.
+    const int place = warp % TILES, seat = warp % 4 * TOKENS, own = seat - place * TOKENS + g, step = gridDim.x * RUN;
+    const int start = blockIdx.x * RUN + warp / 4 * 64;
+    const u32* own_row = words + (start + seat) * width + plan[0];
+    const u16* scale_row = scales + (start + own) * scale_count;
+    u8* out_row = out + (((i64)(start + own) * HEADS + h) * HEAD_DIM + blockIdx.y * CHANNELS + place * OWN_SLICES * 32 + 8 * t) * BYTES;
+
+    // Asks for the warp's words of the run that begins at `own_row`.
+    auto stage = [&](int left, u32* to) {
+        const int pitch = (int)width;
+#pragma unroll(TOKENS* SLOTS / PIECE / 32 > 4 ? 1 : 4)
+        for (int i = lane; i < TOKENS * SLOTS / PIECE; i += 32) {
+            const int token = i / (SLOTS / PIECE), word = i % (SLOTS / PIECE) * PIECE;
+            if (token < left && word < own_words) copy_piece(to + token * PITCH + word, own_row + token * pitch + word);
         }
         close_copies();
     };
-    // One scale of the tokens g and g + 8 of the tiles from `first` on, or zero.
-    auto load_scales = [&](i64 first, int which, u32 (&to)[TILES][2]) {
+    // One scale of the tokens g and g + 8 of the tiles from `scale_row` on, or zero.
+    auto load_scales = [&](int left, int which, u32 (&to)[TILES][2]) {
 #pragma unroll
         for (int i = 0; i < TILES * 2; i++)
-            to[i / 2][i % 2] = which < 0 ? 0 : scales[min(first + i * 8 + g, tokens - 1) * scale_count + which];
+            to[i / 2][i % 2] = load_or_zero(scale_row + i * 8 * (int)scale_count + which, which >= 0 && i * 8 < left);
+    };
+    auto twice = [](u32 (&scales)[TILES][2]) {
+#pragma unroll
+        for (int i = 0; i < TILES * 2; i++) scales[i / 2][i % 2] *= 0x10001u;
     };
     // The warps that share tokens.
     auto sync = [&]() {
@@ -212,20 +241,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         else
             asm volatile("bar.sync %0,%1;" ::"r"(1 + warp / TILES), "n"(TILES * 32) : "memory");
     };
-    const int place = warp % TILES;
-    i64 first = (i64)blockIdx.x * RUN + warp * TOKENS;
+    const int only_scale = own_scales[0];
     u32 next[TILES][2];
-    stage(first, staged);
-    load_scales(first - place * TOKENS, own_scales[0], next);
-    int buffer = 0;
-    // A group of warps goes on as long as its first one has tokens.
-    for (i64 left = tokens - (first - warp % 4 * TOKENS); left > 0; left -= step, first += step, buffer ^= 1) {
-        const i64 own_first = first - place * TOKENS + g;
+    int left = (int)tokens - start, buffer = 0;
+    stage(left - seat, staged);
+    if (SCALES == 1) load_scales(left - own, only_scale, next);
+    for (; left > 0; left -= step, buffer ^= 1) {
         u32 alpha[TILES][2];
 #pragma unroll
-        for (int i = 0; i < TILES * 2; i++) alpha[i / 2][i % 2] = next[i / 2][i % 2] * 0x10001u;
-        stage(first + step, staged + (buffer ^ 1) * TOKENS * PITCH);
-        load_scales(first - place * TOKENS + step, own_scales[0], next);
+        for (int i = 0; i < TILES * 2; i++) alpha[i / 2][i % 2] = next[i / 2][i % 2];
+        twice(alpha);
+        own_row += step * width;
+        stage(left - step - seat, staged + (buffer ^ 1) * TOKENS * PITCH);
+        if (SCALES == 1) scale_row += step * scale_count, load_scales(left - step - own, only_scale, next);
         await_copies<1>();
         sync();
         const u32* row = staged + ((buffer - 2 * place) * TOKENS + g) * PITCH;
@@ -234,35 +262,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int at = 0; at < slots; at += CHUNK) {
             Signs signs[TILES];
 #pragma unroll
-            for (int slot = 0; slot < CHUNK; slot++) {
-                if (SCALES > 1) {
-                    load_scales(first - place * TOKENS, own_scales[at + slot], alpha);
+            for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
-                    for (int i = 0; i < TILES * 2; i++) alpha[i / 2][i % 2] *= 0x10001u;
-                }
-#pragma unroll
-                for (int tile = 0; tile < TILES; tile++) {
+                for (int slot = 0; slot < CHUNK; slot += 2) {
                     const u32* from = row + tile * 2 * TOKENS * PITCH + at + slot;
-                    const u32 both[2] = {from[0], from[8 * PITCH]};
-                    signs[tile].set(slot, alpha[tile], both);
+                    const uint2 upper = *(const uint2*)from, lower = *(const uint2*)(from + 8 * PITCH);
+                    signs[tile].set_metadata(slot / 2, upper, lower);
+                    if (SCALES > 1) load_scales(left - own, own_scales[at + slot], alpha), twice(alpha);
+                    signs[tile].set_nonzeros(slot, alpha[tile], upper.x, lower.x);
+                    if (SCALES > 1) load_scales(left - own, own_scales[at + slot + 1], alpha), twice(alpha);
+                    signs[tile].set_nonzeros(slot + 1, alpha[tile], upper.y, lower.y);
                 }
             }
-            sums.take(signs, RESIDENT ? resident + PART(place * OWN_SLICES, 0) : factors + PART(place * OWN_SLICES, 0), at, at == 0);
+            sums.take(signs, (RESIDENT ? resident : factors) + PART(place * OWN_SLICES, 0), at, at == 0);
         }
+        if (SCALES > 1) scale_row += step * scale_count;
 #pragma unroll
         for (int slice = 0; slice < OWN_SLICES; slice++) {
-            const int channel = (place * OWN_SLICES + slice) * 32 + 8 * t;
-            const float4 *own = (const float4*)(own_mean + channel), own_0 = own[0], own_1 = own[1];
-            const float own_all[8] = {own_0.x, own_0.y, own_0.z, own_0.w, own_1.x, own_1.y, own_1.z, own_1.w};
-            u8* to = out + ((own_first * gridDim.z + h) * HEAD_DIM + blockIdx.y * CHANNELS + channel) * (OUT ? 2 : 4);
+            const float4* from = (const float4*)(own_mean + (place * OWN_SLICES + slice) * 32 + 8 * t);
+            const float4 mean_0 = from[0], mean_1 = from[1];
+            const float means[8] = {mean_0.x, mean_0.y, mean_0.z, mean_0.w, mean_1.x, mean_1.y, mean_1.z, mean_1.w};
 #pragma unroll
             for (int i = 0; i < TILES * 2; i++) {
                 float x[8];
 #pragma unroll
-                for (int c = 0; c < 8; c++) x[c] = fmaf(sums.of[i / 2][slice * 4 + c / 2][i % 2 * 2 + c % 2], unit, own_all[c]);
-                store_8(to + (i64)i * 8 * gridDim.z * HEAD_DIM * (OUT ? 2 : 4), x, own_first + i * 8 < tokens);
+                for (int c = 0; c < 8; c++) x[c] = fmaf(sums.of[i / 2][slice * 4 + c / 2][i % 2 * 2 + c % 2], unit, means[c]);
+                store_8(out_row + i * 8 * HEADS * HEAD_DIM * BYTES + slice * 32 * BYTES, x, own + i * 8 < left);
             }
         }
+        out_row += (i64)step * HEADS * HEAD_DIM * BYTES;
         sync();
     }
 }

@@ -17,7 +17,7 @@ CHUNK = 4
 """Slots multiplied at once."""
 RUN = 64
 """Tokens of a group of four warps."""
-PLACES = ((128, 3, 1), (96, 3, 1), (64, 3, 1), (32, 3, 1), (32, 1, 1), (32, 3, 0), (32, 1, 0))
+PLACES = ((128, 4, 1), (128, 3, 1), (96, 4, 1), (64, 4, 1), (32, 4, 1), (32, 1, 1), (32, 4, 0), (32, 1, 0))
 """Channels and groups of warps of a block, whether factors lie in shared memory; best first."""
 SHARED_MOST = 160 * 1024
 """Bytes that every device has."""
@@ -30,7 +30,7 @@ OUT_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 class Factors:
     """An expansion as decode.cu reads it."""
 
-    plans: Tensor  # [H, 2 + 2 * slots] int32
+    plans: Tensor  # [H, 3 + slots] int32
     matrix: Tensor  # [H, D / 32, slots, 4, 4, 8, 8] float16
     mean: Tensor  # [H, D] float32
     unit: float
@@ -45,9 +45,11 @@ def macros(expansion: Expansion, slots: int, dtype: torch.dtype) -> build.Macros
     if dtype not in OUT_DTYPES:
         raise ValueError(f"dtype {dtype} is none of {', '.join(map(str, OUT_DTYPES))}")
     m = {
+        "HEADS": expansion.layout.heads,
         "HEAD_DIM": expansion.layout.head_dim,
         "SLOTS": slots,
         "SCALES": expansion.layout.groups * (1 + expansion.layout.has_offsets),
+        "PIECE": 4 if _in_fours(expansion) else 1,
         "OUT": OUT_DTYPES[dtype],
     }
     for channels, warp_groups, resident in PLACES:
@@ -66,8 +68,8 @@ def variants(expansion: Expansion) -> Iterator[build.Variant]:
 def shared_bytes(m: build.Macros) -> int:
     """What decode.cu lays out."""
     factors = m["RESIDENT"] * m["SLOTS"] * WORD_ROWS * m["CHANNELS"] * 2
-    staged = m["WARP_GROUPS"] * 2 * RUN * (m["SLOTS"] | 1)
-    return factors + 4 * (m["CHANNELS"] + staged + 2 + 2 * m["SLOTS"])
+    staged = m["WARP_GROUPS"] * 2 * RUN * (m["SLOTS"] | 4)
+    return factors + 4 * (m["CHANNELS"] + staged + 3 + m["SLOTS"])
 
 
 def decode(signs: Signs, expansion: Expansion, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -102,12 +104,11 @@ def factors_of(expansion: Expansion, device: torch.device) -> Factors:
     words = [expansion.read_words(head) for head in range(layout.heads)]
     more = [layout.groups * bool(layout.has_offsets and own) for own in layout.word_groups]
     slots = [max(1, -(-(count + own) // CHUNK)) * CHUNK for count, own in zip(words, more, strict=True)]
-    plans = torch.full((layout.heads, 2 + 2 * max(slots)), -1, dtype=torch.int32)
+    plans = torch.full((layout.heads, 3 + max(slots)), -1, dtype=torch.int32)
     matrix = torch.zeros(layout.heads, max(slots), WORD_ROWS, layout.head_dim, dtype=torch.float64)
     for head, (own, count) in enumerate(zip(layout.word_groups, words, strict=True)):
-        rows, scales, first = matrix[head], plans[head, 2 + max(slots) :], layout.scale_starts[head]
-        plans[head, :2] = torch.tensor([count, slots[head]])
-        plans[head, 2 : 2 + count] = layout.word_starts[head] + torch.arange(count)
+        rows, scales, first = matrix[head], plans[head, 3:], layout.scale_starts[head]
+        plans[head, :3] = torch.tensor([layout.word_starts[head], count, slots[head]])
         scales[:count] = first + torch.tensor(own[:count])
         rows[:count] = (expansion.matrix[head].double() / unit).view(count, WORD_ROWS, layout.head_dim)
         if offsets is not None and own:
@@ -116,6 +117,13 @@ def factors_of(expansion: Expansion, device: torch.device) -> Factors:
             rows[count:end, 0] = (offsets / unit).half()
             rows[count:end, 2] = offsets / unit - rows[count:end, 0]
     return Factors(plans.to(device), _fragments(matrix).to(device), expansion.mean.to(device).contiguous(), unit)
+
+
+def _in_fours(expansion: Expansion) -> bool:
+    """Whether the words that a head has and reads begin and end at whole fours of a token's row."""
+    layout = expansion.layout
+    edges = [layout.words, *layout.word_starts, *(expansion.read_words(head) for head in range(layout.heads))]
+    return not any(edge % 4 for edge in edges)
 
 
 def _largest(matrix: Tensor | None) -> float:
