@@ -23,7 +23,8 @@
 #include "ptx.cuh"
 
 #define THREADS (WARP_GROUPS * 128)
-#define TOKENS 16          // of a warp
+#define TOKENS 16  // of a warp
+#define CHUNK 2    // slots multiplied at once
 #define PITCH (SLOTS | 4)  // so that eight rows of 16 bytes meet no bank conflict
 #define STAGED (4 * 2 * TOKENS * PITCH)  // words of a group of warps
 #define PLAN (3 + SLOTS)
@@ -32,11 +33,11 @@
 #define RUN (64 * WARP_GROUPS)
 #if RESIDENT && defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define WIDTH (CHANNELS == 128 ? 128 : 32)  // channels of a product of a group of warps
-#define TILES 1  // of 16 tokens, of a warp
-#define CHUNK 4  // slots multiplied at once
+#define TILES 1    // of 16 tokens, of a warp
+#define BUFFERS 2  // of signs: the next chunk is unpacked while one is multiplied
 #else
 #define TILES (SLICES % 2 ? 1 : 2)
-#define CHUNK 2
+#define BUFFERS 1
 #endif
 #define OWN_SLICES (SLICES / TILES)
 
@@ -75,9 +76,9 @@ __device__ __forceinline__ void store_8(u8* to, const float (&v)[8], bool presen
     }
 }
 
-// Of a chunk: for each word the nonzeros, two pairs of bits 16 apart to a register, for each two words which neighbours they are.
+// Of two words the nonzeros, two pairs of bits 16 apart to a register, and which neighbours they are.
 struct Signs {
-    u32 of[CHUNK][4], metadata[CHUNK / 2];
+    u32 of[CHUNK][4], metadata;
 
     __device__ __forceinline__ void set_nonzeros(int slot, const u32 (&alpha)[2], u32 upper, u32 lower) {
         const int t = threadIdx.x & 3;
@@ -88,10 +89,10 @@ struct Signs {
         }
     }
 
-    __device__ __forceinline__ void set_metadata(int pair, uint2 upper, uint2 lower) {
+    __device__ __forceinline__ void set_metadata(uint2 upper, uint2 lower) {
         const int t = threadIdx.x & 3;
         const u32 own = __byte_perm(t >> 1 ? upper.y : upper.x, t >> 1 ? lower.y : lower.x, t & 1 ? 0x7632 : 0x5410);
-        metadata[pair] = ((own ^ own >> 1) & 0x55555555u) | 0x88888888u;
+        metadata = ((own ^ own >> 1) & 0x55555555u) | 0x88888888u;
     }
 };
 
@@ -99,7 +100,7 @@ struct Signs {
 struct Sums {
     float of[TILES][OWN_SLICES * 4][4];
 
-    // Adds, or sets if `first`, the products of a chunk from slot `at` on.
+    // Adds, or sets if `first`, the products of a chunk from slot `at` on; they may go on in the background.
     __device__ __forceinline__ void take(const Signs (&signs)[TILES], const u32* factors, int at, bool first) {
 #ifdef WIDTH
         // Shared memory in 16 bytes: where, from one 8 x 8 matrix to the next along rows of E, along channels.
@@ -111,13 +112,12 @@ struct Sums {
             for (int n = 0; n < SLICES * 4; n += WIDTH / 8) {
                 const u64 from = matrices + slot * SLICES * 128 + n * 8;
                 if (slot % 2)
-                    multiply<1>(&of[0][n], signs[0].of[slot], signs[0].metadata[slot / 2], from, true);
+                    multiply<1>(&of[0][n], signs[0].of[slot], signs[0].metadata, from, true);
                 else
-                    multiply<0>(&of[0][n], signs[0].of[slot], signs[0].metadata[slot / 2], from, slot || !first);
+                    multiply<0>(&of[0][n], signs[0].of[slot], signs[0].metadata, from, slot || !first);
             }
         }
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #else
         factors += threadIdx.x & 31;
 #pragma unroll
@@ -131,12 +131,20 @@ struct Sums {
                     float(&c)[4] = of[tile][n];
                     if (first && !slot) c[0] = c[1] = c[2] = c[3] = 0;
                     if (slot % 2)
-                        multiply<1>(c, signs[tile].of[slot], signs[tile].metadata[slot / 2], b);
+                        multiply<1>(c, signs[tile].of[slot], signs[tile].metadata, b);
                     else
-                        multiply<0>(c, signs[tile].of[slot], signs[tile].metadata[slot / 2], b);
+                        multiply<0>(c, signs[tile].of[slot], signs[tile].metadata, b);
                 }
             }
         }
+#endif
+    }
+
+    // Waits until at most `PENDING` of the latest chunks are not added yet, and the signs of those before may change.
+    template <int PENDING>
+    __device__ static __forceinline__ void await() {
+#ifdef WIDTH
+        asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 #endif
     }
 
@@ -241,6 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         else
             asm volatile("bar.sync %0,%1;" ::"r"(1 + warp / TILES), "n"(TILES * 32) : "memory");
     };
+    const u32* own_factors = (RESIDENT ? resident : factors) + PART(place * OWN_SLICES, 0);
     const int only_scale = own_scales[0];
     u32 next[TILES][2];
     int left = (int)tokens - start, buffer = 0;
@@ -257,25 +266,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         await_copies<1>();
         sync();
         const u32* row = staged + ((buffer - 2 * place) * TOKENS + g) * PITCH;
-        Sums sums;
-#pragma unroll 1
-        for (int at = 0; at < slots; at += CHUNK) {
-            Signs signs[TILES];
+        auto unpack = [&](int at, Signs (&signs)[TILES]) {
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) {
-#pragma unroll
-                for (int slot = 0; slot < CHUNK; slot += 2) {
-                    const u32* from = row + tile * 2 * TOKENS * PITCH + at + slot;
-                    const uint2 upper = *(const uint2*)from, lower = *(const uint2*)(from + 8 * PITCH);
-                    signs[tile].set_metadata(slot / 2, upper, lower);
-                    if (SCALES > 1) load_scales(left - own, own_scales[at + slot], alpha), twice(alpha);
-                    signs[tile].set_nonzeros(slot, alpha[tile], upper.x, lower.x);
-                    if (SCALES > 1) load_scales(left - own, own_scales[at + slot + 1], alpha), twice(alpha);
-                    signs[tile].set_nonzeros(slot + 1, alpha[tile], upper.y, lower.y);
-                }
+                const u32* from = row + tile * 2 * TOKENS * PITCH + at;
+                const uint2 upper = *(const uint2*)from, lower = *(const uint2*)(from + 8 * PITCH);
+                signs[tile].set_metadata(upper, lower);
+                if (SCALES > 1) load_scales(left - own, own_scales[at], alpha), twice(alpha);
+                signs[tile].set_nonzeros(0, alpha[tile], upper.x, lower.x);
+                if (SCALES > 1) load_scales(left - own, own_scales[at + 1], alpha), twice(alpha);
+                signs[tile].set_nonzeros(1, alpha[tile], upper.y, lower.y);
             }
-            sums.take(signs, (RESIDENT ? resident : factors) + PART(place * OWN_SLICES, 0), at, at == 0);
+        };
+        Sums sums;
+        Signs signs[BUFFERS][TILES];
+#pragma unroll 1
+        for (int at = 0; at < slots;) {
+#pragma unroll
+            for (int i = 0; i < BUFFERS; i++, at += CHUNK) {
+                unpack(at, signs[i]);
+                sums.take(signs[i], own_factors, at, i == 0 && at == 0);
+                sums.await<BUFFERS - 1>();
+            }
         }
+        sums.await<0>();
         if (SCALES > 1) scale_row += step * scale_count;
 #pragma unroll
         for (int slice = 0; slice < OWN_SLICES; slice++) {

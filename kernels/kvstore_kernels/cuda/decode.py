@@ -13,8 +13,8 @@ from kvstore_kernels.types import WORD_ROWS, Expansion, Signs
 
 SLICE = 32
 """Channels of a part of the factors."""
-CHUNK = 4
-"""Slots multiplied at once."""
+SLOT_UNIT = 4
+"""A head has so many slots or a multiple."""
 RUN = 64
 """Tokens of a group of four warps."""
 PLACES = ((128, 4, 1), (128, 3, 1), (96, 4, 1), (64, 4, 1), (32, 4, 1), (32, 1, 1), (32, 4, 0), (32, 1, 0))
@@ -103,7 +103,7 @@ def factors_of(expansion: Expansion, device: torch.device) -> Factors:
     unit = 2.0 ** frexp(max(_largest(matrix) for matrix in (*expansion.matrix, offsets)))[1] / LARGEST_FACTOR
     words = [expansion.read_words(head) for head in range(layout.heads)]
     more = [layout.groups * bool(layout.has_offsets and own) for own in layout.word_groups]
-    slots = [max(1, -(-(count + own) // CHUNK)) * CHUNK for count, own in zip(words, more, strict=True)]
+    slots = [max(1, -(-(count + own) // SLOT_UNIT)) * SLOT_UNIT for count, own in zip(words, more, strict=True)]
     plans = torch.full((layout.heads, 3 + max(slots)), -1, dtype=torch.int32)
     matrix = torch.zeros(layout.heads, max(slots), WORD_ROWS, layout.head_dim, dtype=torch.float64)
     for head, (own, count) in enumerate(zip(layout.word_groups, words, strict=True)):
