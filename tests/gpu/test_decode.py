@@ -102,6 +102,13 @@ def test_strided_input() -> None:
     assert torch.equal(decoded(SignRows(apart, QJL)), decoded(rows))
 
 
+def test_words_may_begin_anywhere() -> None:
+    rows = sign_rows(50, QJL)
+    words = torch.cat([torch.zeros(1, dtype=torch.int32), rows.signs.words.flatten()]).to(inputs.DEVICE)[1:]
+    moved = Signs(words.view_as(rows.signs.words), rows.signs.scales.to(inputs.DEVICE))
+    assert torch.equal(decode(moved, QJL), decoded(rows))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     signs = device_signs(sign_rows(4, QJL).signs)
     with pytest.raises(ValueError, match="for a layout of 8 words"):

@@ -85,12 +85,15 @@ def decode(signs: Signs, expansion: Expansion, dtype: torch.dtype = torch.float3
     out = torch.empty(tokens, layout.heads, layout.head_dim, dtype=dtype, device=device)
     if not tokens:
         return out
+    contiguous = signs.words.contiguous()
+    if contiguous.data_ptr() % (4 * m["PIECE"]):
+        contiguous = contiguous.clone()
     slices, shared = layout.head_dim // m["CHANNELS"], shared_bytes(m)
     most = -(-tokens // (RUN * m["WARP_GROUPS"]))
     blocks = max(1, min(most, build.multiprocessors(device) // (slices * layout.heads)))
     build.kernel("decode", device, m, shared).launch(
-        (blocks, slices, layout.heads), m["WARP_GROUPS"] * 128, shared, signs.words.contiguous(),
-        signs.scales.contiguous(), factors.plans, factors.matrix, factors.mean, out, tokens, layout.words,
+        (blocks, slices, layout.heads), m["WARP_GROUPS"] * 128, shared, contiguous, signs.scales.contiguous(),
+        factors.plans, factors.matrix, factors.mean, out, tokens, layout.words,
         layout.scales, factors.unit,
     )  # fmt: skip
     return out
