@@ -14,34 +14,36 @@
 // X WARP_GROUPSth run of 64 tokens. Its words arrive in the background a run ahead.
 //
 // words u32 [N, width]; scales half [N, scale_count]. plans int [H][PLAN]: where the head's words begin in a token's row, how many
-// it has, how many slots (a multiple of 4), then for each slot its scale in a token's row or -1. factors [H][HEAD_DIM / 32][SLOTS][4][4]
+// it has, how many slots (a multiple of 4), then for each slot its scale in a token's row or -1. factors [2][H][HEAD_DIM / 32][SLOTS][4][4]
 // of 8 x 8 halves: [k][q][r][i] is at channel 8 (r / 2) + 2 q + r % 2, so that a lane ends with eight neighbours, the sum (i
-// even) or difference of rows 8 k + i & ~1 and the next. One of a sum is worth `unit`. mean float [H, HEAD_DIM]; out [N, H,
+// even) or difference of rows 8 k + i & ~1 and the next, then what rounding it to a half leaves. One of a sum is worth `unit`. mean float [H, HEAD_DIM]; out [N, H,
 // HEAD_DIM] of OUT (0 float32, 1 float16, 2 bfloat16).
 // Macros: HEADS, HEAD_DIM, SLOTS (of the head that has most), SCALES (a token has in a head), PIECE (words copied at once: 4 where all
 // heads' words lie in whole fours), OUT, CHANNELS, WARP_GROUPS, RESIDENT (factors in shared memory).
 #include "ptx.cuh"
 
 #define THREADS (WARP_GROUPS * 128)
-#define TOKENS 16  // of a warp
-#define CHUNK 2    // slots multiplied at once
+#define TOKENS 16          // of a warp
 #define PITCH (SLOTS | 4)  // so that eight rows of 16 bytes meet no bank conflict
 #define STAGED (4 * 2 * TOKENS * PITCH)  // words of a group of warps
 #define PLAN (3 + SLOTS)
 #define BYTES (OUT ? 2 : 4)
 #define SLICES (CHANNELS / 32)
 #define RUN (64 * WARP_GROUPS)
+#define PARTS (OUT ? 1 : 2)  // of the factors: float32 adds what rounding them to halves leaves
 #if RESIDENT && defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define WIDTH (CHANNELS == 128 ? 128 : 32)  // channels of a product of a group of warps
-#define TILES 1    // of 16 tokens, of a warp
-#define BUFFERS 2  // of signs: the next chunk is unpacked while one is multiplied
+#define TILES 1  // of 16 tokens, of a warp
+#define CHUNK 4  // slots multiplied at once
 #else
 #define TILES (SLICES % 2 ? 1 : 2)
-#define BUFFERS 1
+#define CHUNK 2
 #endif
 #define OWN_SLICES (SLICES / TILES)
 
 // Where the eight rows k of the factors of 32 channels lie, in u32.
+#define FACTORS (SLOTS * SLICES * 512)  // a part of a block's factors, in u32
+#define ALL_FACTORS (HEADS * HEAD_DIM / 32 * SLOTS * 512)
 #define PART(slice, k) ((RESIDENT ? (k) * SLICES + (slice) : (slice) * SLOTS * 4 + (k)) * 128)
 
 // Copies PIECE words to shared memory in the background.
@@ -76,9 +78,9 @@ __device__ __forceinline__ void store_8(u8* to, const float (&v)[8], bool presen
     }
 }
 
-// Of two words the nonzeros, two pairs of bits 16 apart to a register, and which neighbours they are.
+// Of a chunk: for each word the nonzeros, two pairs of bits 16 apart to a register, for each two words which neighbours they are.
 struct Signs {
-    u32 of[CHUNK][4], metadata;
+    u32 of[CHUNK][4], metadata[CHUNK / 2];
 
     __device__ __forceinline__ void set_nonzeros(int slot, const u32 (&alpha)[2], u32 upper, u32 lower) {
         const int t = threadIdx.x & 3;
@@ -89,10 +91,10 @@ struct Signs {
         }
     }
 
-    __device__ __forceinline__ void set_metadata(uint2 upper, uint2 lower) {
+    __device__ __forceinline__ void set_metadata(int pair, uint2 upper, uint2 lower) {
         const int t = threadIdx.x & 3;
         const u32 own = __byte_perm(t >> 1 ? upper.y : upper.x, t >> 1 ? lower.y : lower.x, t & 1 ? 0x7632 : 0x5410);
-        metadata = ((own ^ own >> 1) & 0x55555555u) | 0x88888888u;
+        metadata[pair] = ((own ^ own >> 1) & 0x55555555u) | 0x88888888u;
     }
 };
 
@@ -100,7 +102,7 @@ struct Signs {
 struct Sums {
     float of[TILES][OWN_SLICES * 4][4];
 
-    // Adds, or sets if `first`, the products of a chunk from slot `at` on; they may go on in the background.
+    // Adds, or sets if `first`, the products of a chunk from slot `at` on.
     __device__ __forceinline__ void take(const Signs (&signs)[TILES], const u32* factors, int at, bool first) {
 #ifdef WIDTH
         // Shared memory in 16 bytes: where, from one 8 x 8 matrix to the next along rows of E, along channels.
@@ -111,40 +113,38 @@ struct Sums {
 #pragma unroll
             for (int n = 0; n < SLICES * 4; n += WIDTH / 8) {
                 const u64 from = matrices + slot * SLICES * 128 + n * 8;
-                if (slot % 2)
-                    multiply<1>(&of[0][n], signs[0].of[slot], signs[0].metadata, from, true);
-                else
-                    multiply<0>(&of[0][n], signs[0].of[slot], signs[0].metadata, from, slot || !first);
+#pragma unroll
+                for (int part = 0; part < PARTS; part++) {
+                    const u64 own = from + part * (FACTORS / 4);
+                    if (slot % 2)
+                        multiply<1>(&of[0][n], signs[0].of[slot], signs[0].metadata[slot / 2], own, true);
+                    else
+                        multiply<0>(&of[0][n], signs[0].of[slot], signs[0].metadata[slot / 2], own, part || slot || !first);
+                }
             }
         }
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #else
         factors += threadIdx.x & 31;
 #pragma unroll
         for (int slot = 0; slot < CHUNK; slot++) {
 #pragma unroll
-            for (int n = 0; n < OWN_SLICES * 4; n++) {
-                const u32* from = factors + PART(n / 4, 4 * (at + slot)) + n % 4 * 32;
+            for (int i = 0; i < OWN_SLICES * 4 * PARTS; i++) {
+                const int n = i / PARTS, part = i % PARTS;
+                const u32* from = factors + part * (RESIDENT ? FACTORS : ALL_FACTORS) + PART(n / 4, 4 * (at + slot)) + n % 4 * 32;
                 const u32 b[4] = {from[0], from[PART(0, 1)], from[PART(0, 2)], from[PART(0, 3)]};
 #pragma unroll
                 for (int tile = 0; tile < TILES; tile++) {
                     float(&c)[4] = of[tile][n];
-                    if (first && !slot) c[0] = c[1] = c[2] = c[3] = 0;
+                    if (first && !slot && !part) c[0] = c[1] = c[2] = c[3] = 0;
                     if (slot % 2)
-                        multiply<1>(c, signs[tile].of[slot], signs[tile].metadata, b);
+                        multiply<1>(c, signs[tile].of[slot], signs[tile].metadata[slot / 2], b);
                     else
-                        multiply<0>(c, signs[tile].of[slot], signs[tile].metadata, b);
+                        multiply<0>(c, signs[tile].of[slot], signs[tile].metadata[slot / 2], b);
                 }
             }
         }
-#endif
-    }
-
-    // Waits until at most `PENDING` of the latest chunks are not added yet, and the signs of those before may change.
-    template <int PENDING>
-    __device__ static __forceinline__ void await() {
-#ifdef WIDTH
-        asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 #endif
     }
 
@@ -194,14 +194,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
            i64 scale_count, float unit) {
     extern __shared__ __align__(128) u8 shared[];
     u32* resident = (u32*)shared;
-    float* own_mean = (float*)(resident + RESIDENT * SLOTS * SLICES * 512);
+    float* own_mean = (float*)(resident + RESIDENT * PARTS * FACTORS);
     u32* staged = (u32*)(own_mean + CHANNELS);
     int* plan = (int*)(staged + WARP_GROUPS * STAGED);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, h = blockIdx.z;
     const int part = h * gridDim.y + blockIdx.y;
-    factors += (i64)part * SLICES * SLOTS * 512;
-    for (int i = threadIdx.x; i < RESIDENT * SLICES * SLOTS * 128; i += THREADS)
-        copy_async(shared_address(resident + PART(i / (SLOTS * 128), i / 32 % (SLOTS * 4)) + i % 32 * 4), factors + i * 4);
+    factors += (i64)part * FACTORS;
+    for (int i = threadIdx.x; i < RESIDENT * PARTS * FACTORS / 4; i += THREADS) {
+        const int own = i % (FACTORS / 4), to = PART(own / (SLOTS * 128), own / 32 % (SLOTS * 4)) + own % 32 * 4;
+        const int part = i / (FACTORS / 4);
+        copy_async(shared_address(resident + part * FACTORS + to), factors + part * ALL_FACTORS + own * 4);
+    }
     close_copies();
     for (int i = threadIdx.x; i < PLAN; i += THREADS) plan[i] = plans[h * PLAN + i];
     for (int i = threadIdx.x; i < CHANNELS; i += THREADS) own_mean[i] = mean[part * CHANNELS + i];
@@ -249,7 +252,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         else
             asm volatile("bar.sync %0,%1;" ::"r"(1 + warp / TILES), "n"(TILES * 32) : "memory");
     };
-    const u32* own_factors = (RESIDENT ? resident : factors) + PART(place * OWN_SLICES, 0);
     const int only_scale = own_scales[0];
     u32 next[TILES][2];
     int left = (int)tokens - start, buffer = 0;
@@ -266,30 +268,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         await_copies<1>();
         sync();
         const u32* row = staged + ((buffer - 2 * place) * TOKENS + g) * PITCH;
-        auto unpack = [&](int at, Signs (&signs)[TILES]) {
+        Sums sums;
+#pragma unroll 1
+        for (int at = 0; at < slots; at += CHUNK) {
+            Signs signs[TILES];
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) {
-                const u32* from = row + tile * 2 * TOKENS * PITCH + at;
-                const uint2 upper = *(const uint2*)from, lower = *(const uint2*)(from + 8 * PITCH);
-                signs[tile].set_metadata(upper, lower);
-                if (SCALES > 1) load_scales(left - own, own_scales[at], alpha), twice(alpha);
-                signs[tile].set_nonzeros(0, alpha[tile], upper.x, lower.x);
-                if (SCALES > 1) load_scales(left - own, own_scales[at + 1], alpha), twice(alpha);
-                signs[tile].set_nonzeros(1, alpha[tile], upper.y, lower.y);
-            }
-        };
-        Sums sums;
-        Signs signs[BUFFERS][TILES];
-#pragma unroll 1
-        for (int at = 0; at < slots;) {
 #pragma unroll
-            for (int i = 0; i < BUFFERS; i++, at += CHUNK) {
-                unpack(at, signs[i]);
-                sums.take(signs[i], own_factors, at, i == 0 && at == 0);
-                sums.await<BUFFERS - 1>();
+                for (int slot = 0; slot < CHUNK; slot += 2) {
+                    const u32* from = row + tile * 2 * TOKENS * PITCH + at + slot;
+                    const uint2 upper = *(const uint2*)from, lower = *(const uint2*)(from + 8 * PITCH);
+                    signs[tile].set_metadata(slot / 2, upper, lower);
+                    if (SCALES > 1) load_scales(left - own, own_scales[at + slot], alpha), twice(alpha);
+                    signs[tile].set_nonzeros(slot, alpha[tile], upper.x, lower.x);
+                    if (SCALES > 1) load_scales(left - own, own_scales[at + slot + 1], alpha), twice(alpha);
+                    signs[tile].set_nonzeros(slot + 1, alpha[tile], upper.y, lower.y);
+                }
             }
+            sums.take(signs, (RESIDENT ? resident : factors) + PART(place * OWN_SLICES, 0), at, at == 0);
         }
-        sums.await<0>();
         if (SCALES > 1) scale_row += step * scale_count;
 #pragma unroll
         for (int slice = 0; slice < OWN_SLICES; slice++) {

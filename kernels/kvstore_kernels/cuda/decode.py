@@ -31,14 +31,14 @@ class Factors:
     """An expansion as decode.cu reads it."""
 
     plans: Tensor  # [H, 3 + slots] int32
-    matrix: Tensor  # [H, D / 32, slots, 4, 4, 8, 8] float16
+    matrix: Tensor  # [2, H, D / 32, slots, 4, 4, 8, 8] float16
     mean: Tensor  # [H, D] float32
     unit: float
 
     @property
     def slots(self) -> int:
         """Of the head that has most, filled up to whole chunks."""
-        return self.matrix.shape[2]
+        return self.matrix.shape[3]
 
 
 def macros(expansion: Expansion, slots: int, dtype: torch.dtype) -> build.Macros:
@@ -67,7 +67,7 @@ def variants(expansion: Expansion) -> Iterator[build.Variant]:
 
 def shared_bytes(m: build.Macros) -> int:
     """What decode.cu lays out."""
-    factors = m["RESIDENT"] * m["SLOTS"] * WORD_ROWS * m["CHANNELS"] * 2
+    factors = m["RESIDENT"] * m["SLOTS"] * WORD_ROWS * m["CHANNELS"] * (2 if m["OUT"] else 4)
     staged = m["WARP_GROUPS"] * 2 * RUN * (m["SLOTS"] | 4)
     return factors + 4 * (m["CHANNELS"] + staged + 3 + m["SLOTS"])
 
@@ -134,9 +134,10 @@ def _largest(matrix: Tensor | None) -> float:
 
 
 def _fragments(matrix: Tensor) -> Tensor:
-    """Sums and differences of pairs of rows [H, slots, 32, D], in float16 and the order that decode.cu gives."""
+    """Sums and differences of pairs of rows [H, slots, 32, D], in two float16 each and the order that decode.cu gives."""
     first, second = matrix.unflatten(2, (-1, 2)).unbind(3)
-    pairs = torch.stack([first + second, first - second], 3).half()
+    pairs = torch.stack([first + second, first - second], 3)
+    halves = torch.stack([pairs.half(), (pairs - pairs.half()).half()])
     heads, slots, _, head_dim = matrix.shape
-    rows = pairs.view(heads, slots, 4, 8, head_dim // SLICE, 4, 4, 2)  # k, i, slice, r / 2, q, r % 2
-    return rows.permute(0, 4, 1, 2, 6, 5, 7, 3).reshape(heads, head_dim // SLICE, slots, 4, 4, 8, 8)
+    rows = halves.view(2, heads, slots, 4, 8, head_dim // SLICE, 4, 4, 2)  # k, i, slice, r / 2, q, r % 2
+    return rows.permute(0, 1, 5, 2, 3, 7, 6, 8, 4).reshape(2, heads, head_dim // SLICE, slots, 4, 4, 8, 8)
