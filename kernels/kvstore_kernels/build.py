@@ -18,8 +18,9 @@ from torch import Tensor
 
 CSRC = Path(__file__).parent / "csrc"
 OPTIONS = ("-std=c++17", "-lineinfo", f"-I{CSRC}")
-HOPPER_ALONE = ("-arch=sm_90a",)
-"""CuPy names the device's architecture too; of two NVRTC takes the one with more instructions."""
+HOPPER_OPTIONS = ("--gpu-architecture=sm_90a",)
+"""CuPy asks for sm_90, which lacks wgmma. Of two architectures NVRTC takes the one with more, since HOPPER_NVRTC."""
+HOPPER_NVRTC = (12, 9)
 OVERLAP = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION of cuda.h."""
 
@@ -43,15 +44,17 @@ def source(name: str) -> str:
 
 
 def options(macros: Macros) -> tuple[str, ...]:
-    """With WARPGROUPS among `macros` for a kernel that is Hopper's alone."""
-    more = HOPPER_ALONE if "WARPGROUPS" in macros else ()
-    return (*OPTIONS, *more, *(f"-D{name}={value}" for name, value in sorted(macros.items())))
+    return (*OPTIONS, *(f"-D{name}={value}" for name, value in sorted(macros.items())))
 
 
 @cache
 def has_warpgroups(device: torch.device) -> bool:
-    """Whether it multiplies matrices by whole warpgroups; without a device as if."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0)
+    """Whether kernels are compiled with Hopper's own instructions; without a device as if."""
+    if device.type == "cpu":
+        return True
+    import cupy  # pyright: ignore[reportMissingImports]
+
+    return torch.cuda.get_device_capability(device) == (9, 0) and cupy.cuda.nvrtc.getVersion() >= HOPPER_NVRTC
 
 
 @cache
@@ -139,8 +142,9 @@ def _argument(value: Tensor | int | float | None) -> Any:
 def _compiled(name: str, device: torch.device, macros: tuple[tuple[str, int], ...], shared_bytes: int) -> Kernel:
     import cupy  # pyright: ignore[reportMissingImports]
 
+    more = HOPPER_OPTIONS if has_warpgroups(device) else ()
     with cupy.cuda.Device(device.index):
-        module = cupy.RawModule(code=source(name), options=options(dict(macros)))
+        module = cupy.RawModule(code=source(name), options=(*options(dict(macros)), *more))
         try:
             function = module.get_function(name)
             # CuPy gives out one function for equal macros: what another size asked for must stay allowed.

@@ -1,9 +1,12 @@
 """The decode kernel against the definition in float64."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
+from kvstore_kernels import build
 from kvstore_kernels.cuda.decode import decode
 from kvstore_kernels.types import Expansion, SignRows, Signs
 from tests.gpu import inputs
@@ -14,6 +17,15 @@ inputs.require_device()
 pytestmark = pytest.mark.gpu
 QJL = EXPANSIONS["qjl"]
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+
+
+@pytest.fixture(params=[build.HOPPER_OPTIONS, ()], ids=["the device's products", "any device's products"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hopper's own instructions where they are, then without them."""
+    monkeypatch.setattr(build, "HOPPER_OPTIONS", request.param)
+    build._compiled.cache_clear()
+    yield
+    build._compiled.cache_clear()
 
 
 def decoded(rows: SignRows, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -28,6 +40,7 @@ def assert_decodes(rows: SignRows, dtype: torch.dtype) -> None:
     assert worst(actual, truth) <= 2 * worst(rounded, truth)
 
 
+@pytest.mark.usefixtures("products")
 @every_dtype
 @every_expansion
 def test_every_layout(by: Expansion, dtype: torch.dtype) -> None:
@@ -41,6 +54,7 @@ def test_every_token_count(tokens: int, dtype: torch.dtype) -> None:
     assert_decodes(sign_rows(tokens, EXPANSIONS["ragged groups"]), dtype)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("head_dim", [32, 96, 160, 256])
 def test_every_head_dim(head_dim: int) -> None:
     assert_decodes(sign_rows(100, expansion((8, 5), head_dim)), torch.float16)
@@ -72,6 +86,7 @@ def test_words_beyond_the_level_are_not_read() -> None:
     assert torch.equal(decoded(rows), before)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("name", ["qjl", "ragged groups"])
 def test_a_row_decodes_alone_as_among_others_and_twice_the_same(name: str) -> None:
     rows = sign_rows(3000, EXPANSIONS[name])
@@ -85,6 +100,13 @@ def test_strided_input() -> None:
     rows = sign_rows(50, QJL)
     apart = Signs(strided(rows.signs.words), strided(rows.signs.scales))
     assert torch.equal(decoded(SignRows(apart, QJL)), decoded(rows))
+
+
+def test_words_may_begin_anywhere() -> None:
+    rows = sign_rows(50, QJL)
+    words = torch.cat([torch.zeros(1, dtype=torch.int32), rows.signs.words.flatten()]).to(inputs.DEVICE)[1:]
+    moved = Signs(words.view_as(rows.signs.words), rows.signs.scales.to(inputs.DEVICE))
+    assert torch.equal(decode(moved, QJL), decoded(rows))
 
 
 def test_what_does_not_fit_is_refused() -> None:
