@@ -134,7 +134,7 @@ def _largest(matrix: Tensor | None) -> float:
 
 
 def _fragments(matrix: Tensor) -> Tensor:
-    """Sums and differences of pairs of rows [H, slots, 32, D], in two float16 each and the order that decode.cu gives."""
+    """Sums and differences of pairs of rows [H, slots, 32, D], two float16 each, in the order that decode.cu gives."""
     first, second = matrix.unflatten(2, (-1, 2)).unbind(3)
     pairs = torch.stack([first + second, first - second], 3)
     halves = torch.stack([pairs.half(), (pairs - pairs.half()).half()])
