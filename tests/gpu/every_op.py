@@ -33,7 +33,7 @@ def run_signs(name: str) -> None:
     rows, q = sign_rows(397, by), normal(5, by.layout.heads * 2, by.layout.head_dim).to(DEVICE)
     keys, values = (on_pages(rows, values=kind, first=3) for kind in (False, True))
     scores = score.score(q, keys, sm_scale=0.1, dtype=torch.float16)
-    _, positions = topk.topk(scores, 50)
+    positions, _ = topk.topk(scores, 50)
     topk.best(q, keys, 50, sm_scale=0.1)
     score_at.score_at(q, keys, positions, sm_scale=0.1)
     for queries in (q[:2], q, q.repeat(2, 1, 1)):
