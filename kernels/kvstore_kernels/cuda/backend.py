@@ -104,15 +104,16 @@ class CudaBackend:
         def attend_parts(on_device: Tensor) -> Attended:
             state: State | None = None
             variances: Tensor | None = None
+            stream = torch.cuda.current_stream(self.device)
             if noise is not None:  # small kernels one after another: beside those of the attention
-                self._beside.wait_stream(self._stream)
+                self._beside.wait_stream(stream)
                 with torch.cuda.stream(self._beside):
                     variances = kept[NOISE](on_device)
             for keys, values in parts:
                 state = self._attend(on_device, keys, values, sm_scale, logit_soft_cap, debias, state)
             assert state is not None
             if noise is not None:
-                self._stream.wait_stream(self._beside)
+                stream.wait_stream(self._beside)
             return state[0].to(on_device.dtype), state[1], variances
 
         if all(_stays(rows) for part in parts for rows in part):

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,9 @@ class Recorder:
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
+        self._recorded = torch.cuda.Stream(stream.device)
+        """Nothing else uses it: what another thread puts on a stream that is recorded, be it the event with which torch
+        takes back pinned memory, becomes part of the recording and an error of whoever asks for it."""
         self._pool: Any = None
 
     def run(self, kept: dict[Any, Any], key: Any, q: Tensor, attend: Callable[[Tensor], Attended]) -> Answer | None:
@@ -155,9 +159,9 @@ class Recorder:
         return made[-1].replay(parts, rows)
 
     def _record(self, rows: int, like: Tensor, attend: Callable[[Tensor], Attended]) -> Recording:
-        q = torch.zeros(rows, *like.shape[1:], dtype=like.dtype, pin_memory=True)
+        q = _pinned((rows, *like.shape[1:]), like.dtype).zero_()
         like_answer = attend(q.to("cuda"))  # with this number of rows: what it compiles must be there
-        answer = [torch.empty_like(part, device="cpu", pin_memory=True) for part in like_answer if part is not None]
+        answer = [_pinned(part.shape, part.dtype) for part in like_answer if part is not None]
 
         def run() -> None:
             found = [part for part in attend(q.to("cuda", non_blocking=True)) if part is not None]
@@ -168,13 +172,23 @@ class Recorder:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         self._stream.synchronize()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        try:
-            run()
-        finally:
-            graph.capture_end()
+        with torch.cuda.stream(self._recorded):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                run()
+            finally:
+                graph.capture_end()
         launch = _Launch(graph, self._stream)
         return Recording(launch, torch.cuda.Event(), self._stream, Pinned(q), list(map(Pinned, answer)))
+
+
+def _pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Host memory that torch does not take back by itself, because it would then use the stream that was recorded."""
+    from cupy.cuda import alloc_pinned_memory  # pyright: ignore[reportMissingImports]
+
+    size = prod(shape) * dtype.itemsize
+    memory = np.frombuffer(alloc_pinned_memory(size), np.uint8, size)
+    return torch.from_numpy(memory).view(dtype).view(*shape)
 
 
 def _rows(count: int) -> int:
