@@ -36,6 +36,7 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
         async with AsyncKVStoreClient(f"127.0.0.1:{server.port}") as client:
             session = await client.create_session("s", SHAPE, RAW)
             await session.append(*torch.randn(2, 2, TOKENS, 4, 128))
+        await until(lambda: not held(server))  # an append keeps its place until its rows are in memory
         yield server
 
 
