@@ -146,9 +146,10 @@ class Lifecycle:
         if present:
             live = await self._registry.open_now(state.tenant, state.session, None)
         else:
-            self._quotas.created(state.tenant)
             live = await self._registry.adopt(state, now)
         self._indexing.changed(live)
+        if not present:  # once the index is told: a sweep just before would forget what it does not know of
+            self._quotas.created(state.tenant)
         return live.info(), present
 
     def _check_shape(self, shape: ModelShape) -> None:

@@ -20,6 +20,9 @@ from kvstore_server.storage.store import ObjectStore
 LOG = logging.getLogger(__name__)
 SWEEPS, COLLECTIONS_PER_GRACE = 2, 2
 """In each `sweep_seconds`, so that a census of another server is no older when it is used; in each grace."""
+INDEX_SECONDS = 0.25
+"""For which the index may not have heard of what was taken in: rather counted twice, until the next sweep, than not at
+all."""
 LARGEST = 20
 PAGE = 1_000
 
@@ -99,10 +102,11 @@ class Maintenance:
         began, tenants = monotonic(), dict[str, Holdings]()
         largest: list[SessionEntry] = []
         for tenant in await self._tenants():
+            listed = monotonic()
             entries = await self._entries(tenant)
             tenants[tenant] = Holdings.of(entries)
             largest = sorted(largest + entries, key=lambda entry: -entry.stored_bytes)[:LARGEST]
-            self._quotas.measured(tenant, tenants[tenant])
+            self._quotas.measured(tenant, tenants[tenant], monotonic() - listed + INDEX_SECONDS)
             await self._cooling.sweep(tenant, entries)
             await self._expiry.sweep(tenant, entries)
         return Census(
