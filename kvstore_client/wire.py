@@ -6,6 +6,7 @@ A protobuf `bytes` field takes only `bytes`, so building and serialising a frame
 from dataclasses import dataclass
 
 from kvstore_proto.v1 import kvstore_pb2 as pb
+from kvstore_proto.varint import varint
 
 _FRAME_TAG = bytes([pb.AppendRequest.FRAME_FIELD_NUMBER << 3 | 2])
 _DATA_TAG = bytes([pb.AppendFrame.DATA_FIELD_NUMBER << 3 | 2])
@@ -28,15 +29,6 @@ def encode_append(request: pb.AppendHeader | Frame | bytes) -> bytes:
     head = request.head.SerializeToString()
     size = request.data.nbytes
     if not size:
-        return b"".join((_FRAME_TAG, _varint(len(head)), head))
-    data_head = _DATA_TAG + _varint(size)
-    return b"".join((_FRAME_TAG, _varint(len(head) + len(data_head) + size), head, data_head, request.data))
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+        return b"".join((_FRAME_TAG, varint(len(head)), head))
+    data_head = _DATA_TAG + varint(size)
+    return b"".join((_FRAME_TAG, varint(len(head) + len(data_head) + size), head, data_head, request.data))

@@ -11,6 +11,7 @@ from math import prod
 import torch
 
 from kvstore_proto.v1 import kvstore_pb2 as pb
+from kvstore_proto.varint import varint
 from kvstore_server.rpc.convert import DTYPE_NUMBERS, LSE_FACTORS, fill_fidelity
 from kvstore_server.sessions.model import AttendAnswer, Fidelity
 
@@ -42,15 +43,15 @@ def encode_attended(request_id: int, answers: Sequence[AttendAnswer], lse_base: 
         *worth, error = answer.fidelity
         before, after = _item(answer.generation, answer.length, *worth)
         parts += (before, _DOUBLE.pack(error), after)
-    return b"".join((_ID, _varint(request_id), _RESULT, _varint(sum(map(len, parts))), *parts))
+    return b"".join((_ID, varint(request_id), _RESULT, varint(sum(map(len, parts))), *parts))
 
 
 @lru_cache(_KINDS_MAX)
 def _head(tag: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
     """A Tensor field up to its data."""
     size = prod(shape) * dtype.itemsize
-    head = pb.Tensor(dtype=DTYPE_NUMBERS[dtype], shape=shape).SerializeToString() + _DATA + _varint(size)
-    return tag + _varint(len(head) + size) + head
+    head = pb.Tensor(dtype=DTYPE_NUMBERS[dtype], shape=shape).SerializeToString() + _DATA + varint(size)
+    return tag + varint(len(head) + size) + head
 
 
 @lru_cache(_KINDS_MAX)
@@ -67,12 +68,3 @@ def _item(generation: str, length: int, *worth: object) -> tuple[bytes, bytes]:
     fill_fidelity(item.fidelity, Fidelity(*worth, *_DOUBLE.unpack(_HOLE)))  # pyright: ignore[reportArgumentType]
     before, after = result.SerializeToString().split(_HOLE)
     return before, after
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)

@@ -93,7 +93,7 @@ class Maintenance:
             return True
         self.census = found
         for tenant, holdings in found.tenants.items():
-            self._quotas.measured(tenant, holdings, found.age_seconds)
+            self._quotas.measured(tenant, holdings, found.age_seconds + INDEX_SECONDS)
         self._cooling.rest()
         self._expiry.rest()
         return False
