@@ -220,7 +220,7 @@ __device__ __forceinline__ void score_page(Logits& x, const Choices& choices, co
             float inner = fmaf(row.y, (float)sums[n / 2][(i >> 1) * 4 + n % 2 * 2 + (i & 1)], row.z);
             if (DEBIAS) inner = fmaf(alphas[n], row.w, inner);
             const float logit = fmaf(alphas[n], inner, row.x);
-            x[n / 2][n % 2][i] = SOFT_CAP ? cap * tanh_of(logit) : logit;
+            x[n / 2][n % 2][i] = SOFT_CAP ? capped(logit, cap) : logit;
         }
     }
 }

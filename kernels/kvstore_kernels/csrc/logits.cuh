@@ -67,7 +67,8 @@ struct KeyWalk {
     }
 };
 
-__device__ __forceinline__ float tanh_of(float x) { return 1 - 2 / (1 + exp2_fast(x * 2.885390082f)); }
+// cap tanh(x log(2) / 2). Not by a division, whose slow path is a call: registers do not suffice around it.
+__device__ __forceinline__ float capped(float x, float cap) { return fmaf(-2 * cap, inverse_fast(1 + exp2_fast(x)), cap); }
 
 // The halves of a lane's scales of tokens token_of(lane, c, 0) and + 1.
 __device__ __forceinline__ u32 scale_pair(const u16* scales, int lane, int c) { return *(const u32*)(scales + token_of(lane, c, 0)); }
@@ -141,6 +142,7 @@ __device__ __forceinline__ void page_logits(PageLogits& x, const Ring& ring, con
     }
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
+        if (SOFT_CAP) asm volatile("" ::: "memory");  // keeps loads of other chunks out: registers are short
         float logit[2][2];
 #pragma unroll
         for (int g = 0; g < KEY_GROUPS; g++) {
@@ -163,7 +165,7 @@ __device__ __forceinline__ void page_logits(PageLogits& x, const Ring& ring, con
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float sum = logit[i >> 1][i & 1];
-            x[c][i >> 1][i & 1] = SOFT_CAP ? cap * tanh_of(sum) : sum;
+            x[c][i >> 1][i & 1] = SOFT_CAP ? capped(sum, cap) : sum;
         }
     }
 }

@@ -1,7 +1,6 @@
 """Attention over stored sign sketches on device pages."""
 
 from collections.abc import Iterator
-from math import log
 
 import torch
 from torch import Tensor
@@ -9,13 +8,12 @@ from torch import Tensor
 from kvstore_kernels import build
 from kvstore_kernels.cuda.expand import expand
 from kvstore_kernels.cuda.pages import PAGE_TOKENS, DeviceExpansion, SignPages, on_device
-from kvstore_kernels.cuda.score import RING_BYTES, ROW_TILES, TILE_ROWS, row_tiles, split_pages
+from kvstore_kernels.cuda.score import LOG2_E, RING_BYTES, ROW_TILES, TILE_ROWS, row_tiles, split_pages
 from kvstore_kernels.shapes import query_group
 from kvstore_kernels.types import WORD_ROWS, Expansion
 
 WARPS = 8
 RING_PIECES = 8
-LOG2_E = 1 / log(2)
 FINE_ROWS = 3
 """Value rows a channel above which weights have 10 bits instead of 8: the sketch's own error is then below theirs."""
 SUMS_MOST = 8
@@ -217,8 +215,8 @@ def _splits(
     sums = torch.empty(
         heads, splits, rows, 2 + m["VALUE_GROUPS"] * m["VALUE_OFFSETS"], dtype=torch.float32, device=device
     )
-    # Without a cap logits come in powers of two; with one, first as multiples of the cap.
-    unit, cap = (sm_scale / soft_cap, soft_cap * LOG2_E) if soft_cap else (sm_scale * LOG2_E, 0.0)
+    # In powers of two; with a cap, first as logits.cuh's `capped` takes them.
+    unit, cap = (2 * sm_scale / soft_cap * LOG2_E, soft_cap * LOG2_E) if soft_cap else (sm_scale * LOG2_E, 0.0)
     shared = shared_bytes(m)
     grid = (splits, heads, -(-rows // (TILE_ROWS * m["ROW_TILES"])))
     build.kernel(name_of(m), device, m, shared).launch(

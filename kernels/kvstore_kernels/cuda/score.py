@@ -1,6 +1,7 @@
 """Estimated attention logits of stored sign sketches on device pages."""
 
 from collections.abc import Iterator
+from math import log
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ RING_BYTES = 8 * 1024
 TILE_ROWS = 4
 ROW_TILES = (1, 2, 4, 8)
 """That one block may take."""
+LOG2_E = 1 / log(2)
 ALIGNMENT = 8
 """Rows of `out` begin at multiples of this many numbers."""
 
@@ -130,6 +132,6 @@ def _launch(
     build.kernel("score", out.device, m, shared).launch(
         grid, WARPS * 32, shared, pages.slab, pages.table, basis.heads, basis.units, y, out, page_first, page_end,
         split, pages.first, pages.end, page_first * PAGE_TOKENS, out.shape[2], rows, query_heads, group, basis.length,
-        basis.width, sm_scale / soft_cap if soft_cap else sm_scale, float(soft_cap), maxima, groups,
+        basis.width, 2 * sm_scale / soft_cap * LOG2_E if soft_cap else sm_scale, float(soft_cap), maxima, groups,
         (4 * (page_end - page_first) // max(groups, 1)).bit_length() - 1, follows=True,
     )  # fmt: skip
