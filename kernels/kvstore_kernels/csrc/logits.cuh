@@ -18,7 +18,8 @@
 #define KEY_SCALES (KEY_GROUPS * (1 + KEY_OFFSETS))
 
 // Two blocks of 8 warps on a multiprocessor, that leave registers for the kernel before: its last blocks then run beside them.
-#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1204
+// Before Hopper none does.
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1204 && __CUDA_ARCH__ >= 900
 #define TWO_BLOCKS __maxnreg__(120)
 #else
 #define TWO_BLOCKS __launch_bounds__(256, 2)
@@ -68,7 +69,7 @@ struct KeyWalk {
 };
 
 // cap tanh(x log(2) / 2). Not by a division, whose slow path is a call: registers do not suffice around it.
-__device__ __forceinline__ float capped(float x, float cap) { return fmaf(-2 * cap, inverse_fast(1 + exp2_fast(x)), cap); }
+__device__ __forceinline__ float capped(float x, float cap) { return cap * (1 - 2 * inverse_fast(1 + exp2_fast(x))); }
 
 // The halves of a lane's scales of tokens token_of(lane, c, 0) and + 1.
 __device__ __forceinline__ u32 scale_pair(const u16* scales, int lane, int c) { return *(const u32*)(scales + token_of(lane, c, 0)); }
@@ -142,7 +143,6 @@ __device__ __forceinline__ void page_logits(PageLogits& x, const Ring& ring, con
     }
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
-        if (SOFT_CAP) asm volatile("" ::: "memory");  // keeps loads of other chunks out: registers are short
         float logit[2][2];
 #pragma unroll
         for (int g = 0; g < KEY_GROUPS; g++) {
