@@ -74,13 +74,13 @@ def merge_macros(m: build.Macros, head_dim: int, dtype: torch.dtype, rows: int) 
 
 
 def variants(
-    keys: Expansion, values: Expansion, *, debias: bool, dtype: torch.dtype = torch.float32
+    keys: Expansion, values: Expansion, *, debias: bool, soft_cap: bool = False, dtype: torch.dtype = torch.float32
 ) -> Iterator[build.Variant]:
-    """For any number of query rows, without a soft cap."""
+    """For any number of query rows."""
     key_basis, value_basis = (on_device(expansion, torch.device("cpu")) for expansion in (keys, values))
     for tiles in ROW_TILES:
         rows = TILE_ROWS * tiles
-        m = macros(keys, values, key_basis, value_basis, rows, soft_cap=False, debias=debias)
+        m = macros(keys, values, key_basis, value_basis, rows, soft_cap=soft_cap, debias=debias)
         merging = merge_macros(m, values.layout.head_dim, dtype, rows)
         if m["ROW_TILES"] == tiles:
             yield name_of(m), m, shared_bytes(m)
@@ -209,7 +209,7 @@ def _splits(
     """Each split's sums over value rows [H, splits, R, width] and its other sums [H, splits, R, ..]."""
     pages, heads, device = keys.pages, len(key_basis.matrix), y.device
     page_first, page_end = pages.first // PAGE_TOKENS, -(-pages.end // PAGE_TOKENS)
-    split = split_pages(page_end - page_first, heads, device)
+    split = split_pages(page_end - page_first, heads, device, multiple=1)
     splits = -(-(page_end - page_first) // split)
     partials = torch.empty(heads, splits, rows, value_basis.width, dtype=torch.float32, device=device)
     sums = torch.empty(

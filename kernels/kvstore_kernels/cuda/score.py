@@ -45,12 +45,14 @@ def macros(
     }
 
 
-def variants(expansion: Expansion, dtype: torch.dtype = torch.float32) -> Iterator[build.Variant]:
-    """For any number of query rows, without a soft cap."""
+def variants(
+    expansion: Expansion, dtype: torch.dtype = torch.float32, *, soft_cap: bool = False
+) -> Iterator[build.Variant]:
+    """For any number of query rows."""
     units = on_device(expansion, torch.device("cpu")).units.shape[1]
     for tiles in ROW_TILES:
         for maxima in (False, True):
-            m = macros(expansion, units, TILE_ROWS * tiles, False, dtype, maxima=maxima)
+            m = macros(expansion, units, TILE_ROWS * tiles, soft_cap, dtype, maxima=maxima)
             yield "score", m, shared_bytes(m)
 
 
@@ -63,10 +65,10 @@ def shared_bytes(m: build.Macros) -> int:
     return planes + -(-constants // 16) * 16 + rows * 4 + WARPS * (RING_BYTES + 2 * scales)
 
 
-def split_pages(pages: int, heads: int, device: torch.device) -> int:
-    """Pages a split: fixed by how many there are, never by what else runs."""
+def split_pages(pages: int, heads: int, device: torch.device, *, multiple: int = WARPS) -> int:
+    """Pages a split, at least one a warp: fixed by how many there are, never by what else runs."""
     splits = BLOCKS * build.multiprocessors(device)
-    return max(1, -(-pages * heads // (splits * WARPS))) * WARPS
+    return max(WARPS, -(-pages * heads // (splits * multiple)) * multiple)
 
 
 def score(
