@@ -48,8 +48,8 @@ class Indexing:
             LOG.warning("the index has not heard of %d changes", self.lag)
         await self._index.close()
 
-    def changed(self, live: LiveSession, *, used: bool = True) -> None:
-        """The session is there, as it is known now, and was used. Its fit must have been read."""
+    def changed(self, live: LiveSession, *, used: bool = True) -> SessionEntry:
+        """The session is there, as it is known now, and was used. Its fit must have been read. What the index is told."""
         now, tenant, info = time(), live.state.tenant, live.info()
         entry = SessionEntry(
             tenant=tenant,
@@ -72,6 +72,7 @@ class Indexing:
             live.indexed_entries = known
 
         self._queue(tenant, info.name, send)
+        return entry
 
     def removed(self, tenant: str, name: str, generation: str) -> None:
         async def send() -> None:
@@ -81,9 +82,9 @@ class Indexing:
         self._queue(tenant, name, send)
 
     async def flush(self) -> None:
-        """Sends what waits. Raises Unavailable when the index does not answer."""
-        if self._pending:
-            await self._send_pending()
+        """Sends what waits now. Raises Unavailable when the index does not answer."""
+        for key in list(self._pending):
+            await self._send(key)
 
     async def names(self, tenant: str, prefix: str, limit: int, after: str) -> list[str]:
         """Session names in order, after what waits was sent. Raises Unavailable when the index does not answer."""
@@ -111,7 +112,11 @@ class Indexing:
 
     async def _send_pending(self) -> None:
         while self._pending:
-            key, send = next(iter(self._pending.items()))
-            await send()
-            if self._pending.get(key) is send:
-                del self._pending[key]
+            await self._send(next(iter(self._pending)))
+
+    async def _send(self, key: tuple[str, str]) -> None:
+        if (send := self._pending.get(key)) is None:
+            return
+        await send()
+        if self._pending.get(key) is send:
+            del self._pending[key]

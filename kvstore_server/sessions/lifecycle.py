@@ -147,9 +147,9 @@ class Lifecycle:
             live = await self._registry.open_now(state.tenant, state.session, None)
         else:
             live = await self._registry.adopt(state, now)
-        self._indexing.changed(live)
-        if not present:  # once the index is told: a sweep just before would forget what it does not know of
-            self._quotas.created(state.tenant)
+        entry = self._indexing.changed(live)
+        if not present:
+            self._quotas.created(entry)
         return live.info(), present
 
     def _check_shape(self, shape: ModelShape) -> None:

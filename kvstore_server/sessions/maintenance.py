@@ -12,6 +12,7 @@ from kvstore_server.errors import KVStoreError
 from kvstore_server.metadata.index import Census, Holdings, Index, SessionEntry
 from kvstore_server.sessions.cooling import Cooling
 from kvstore_server.sessions.expiry import Expiry
+from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.quotas import Quotas
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.storage.collecting import Collector
@@ -20,9 +21,6 @@ from kvstore_server.storage.store import ObjectStore
 LOG = logging.getLogger(__name__)
 SWEEPS, COLLECTIONS_PER_GRACE = 2, 2
 """In each `sweep_seconds`, so that a census of another server is no older when it is used; in each grace."""
-INDEX_SECONDS = 0.25
-"""For which the index may not have heard of what was taken in: rather counted twice, until the next sweep, than not at
-all."""
 LARGEST = 20
 PAGE = 1_000
 
@@ -40,6 +38,7 @@ class Maintenance:
         store: ObjectStore,
         index: Index,
         registry: Registry,
+        indexing: Indexing,
         cooling: Cooling,
         expiry: Expiry,
         quotas: Quotas,
@@ -48,7 +47,7 @@ class Maintenance:
         grace_seconds: float,
     ) -> None:
         self._store, self._index, self._registry, self._expiry = store, index, registry, expiry
-        self._cooling, self._quotas = cooling, quotas
+        self._indexing, self._cooling, self._quotas = indexing, cooling, quotas
         self._sweep_seconds, self._grace_seconds = sweep_seconds, grace_seconds
         self._name = uuid4().hex
         self._tasks: set[asyncio.Task[None]] = set()
@@ -93,7 +92,7 @@ class Maintenance:
             return True
         self.census = found
         for tenant, holdings in found.tenants.items():
-            self._quotas.measured(tenant, holdings, found.age_seconds + INDEX_SECONDS)
+            self._quotas.measured(tenant, holdings, found.age_seconds)
         self._cooling.rest()
         self._expiry.rest()
         return False
@@ -102,11 +101,12 @@ class Maintenance:
         began, tenants = monotonic(), dict[str, Holdings]()
         largest: list[SessionEntry] = []
         for tenant in await self._tenants():
-            listed = monotonic()
+            flushed = monotonic()
+            await self._indexing.flush()  # so that what was taken in until then is listed
             entries = await self._entries(tenant)
             tenants[tenant] = Holdings.of(entries)
             largest = sorted(largest + entries, key=lambda entry: -entry.stored_bytes)[:LARGEST]
-            self._quotas.measured(tenant, tenants[tenant], monotonic() - listed + INDEX_SECONDS)
+            self._quotas.measured(tenant, tenants[tenant], monotonic() - flushed, entries)
             await self._cooling.sweep(tenant, entries)
             await self._expiry.sweep(tenant, entries)
         return Census(

@@ -78,7 +78,9 @@ class SessionService:
             sweep_seconds=settings.sweep_seconds,
         )
         times = {"sweep_seconds": settings.sweep_seconds, "grace_seconds": grace}
-        self.maintenance = Maintenance(store, index, self.registry, cooling, self.expiry, quotas, **times)
+        self.maintenance = Maintenance(
+            store, index, self.registry, self._indexing, cooling, self.expiry, quotas, **times
+        )
         self.merging = Merging(store, self.registry, self._indexing, settings.merge, **times)
         self.prefixes = Prefixes(self.registry, index, self.limits, grace)
         self.lifecycle = Lifecycle(

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
@@ -21,6 +22,7 @@ from kvstore_server.sessions.quotas import Quotas
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.tenants import Quota
 
+from ..metadata.entries import entry
 from ..storage.inputs import SHAPE, SPEC, TENANT
 from ..storage.memory_store import MemoryStore
 
@@ -63,21 +65,25 @@ class Server:
         self.quotas = Quotas(lambda _: Quota(sessions_max=SESSIONS_MAX), 2 * SWEEP_SECONDS, clock)
         parts = (store, self.registry, self.indexing, Downgrade(), Merge())
         cooling = Cooling(*parts, sweep_seconds=SWEEP_SECONDS, clock=clock)
-        what = (store, index, self.registry, cooling, self.expiry, self.quotas)
+        what = (store, index, self.registry, self.indexing, cooling, self.expiry, self.quotas)
         self.maintenance = Maintenance(*what, sweep_seconds=SWEEP_SECONDS, grace_seconds=3600.0)
         self.sweep = self.maintenance.sweep
 
     async def create(self, name: str, ttl_seconds: float | None = None) -> None:
-        self.registry.log(TENANT).create(name, SHAPE, SPEC, ttl_seconds=ttl_seconds, pinned=False)
-        self.indexing.changed(await self.registry.open(TENANT, name, None))
+        await self.begin(name, ttl_seconds)
         await self.indexing.flush()
+
+    async def begin(self, name: str, ttl_seconds: float | None = None) -> None:
+        """The index has not heard of it."""
+        self.registry.log(TENANT).create(name, SHAPE, SPEC, ttl_seconds=ttl_seconds, pinned=False)
+        self.quotas.created(self.indexing.changed(await self.registry.open(TENANT, name, None)))
 
     def room(self) -> int:
         """So many sessions more it would let the tenant create."""
         for count in range(SESSIONS_MAX + 1):
             if self.quotas.session_refusal(TENANT):
                 return count
-            self.quotas.created(TENANT)
+            self.quotas.created(entry(f"room{count}", tenant=TENANT))
         raise AssertionError("no end")
 
 
@@ -217,15 +223,51 @@ async def test_a_quota_counts_what_another_server_found_and_what_came_in_since(
     servers: list[Server], clock: Clock
 ) -> None:
     first, second, _ = servers
-    second.quotas.created(TENANT)  # and the index has it
     await second.create("new")
     clock.now += 1
     assert await first.sweep()
     clock.now += 1
-    second.quotas.created(TENANT)  # which that census cannot know
+    await second.create("newer")  # which that census cannot know
     clock.now += 1
     assert not await second.sweep()
     assert second.room() == SESSIONS_MAX - SESSIONS - 2
+
+
+@pytest.mark.parametrize("told", ["before", "meanwhile", "after"])
+async def test_a_quota_counts_a_session_once_whenever_the_index_hears_of_it(
+    servers: list[Server], index: CountingIndex, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    server, list_page = servers[0], index.list
+
+    async def list_meanwhile(*args: Any, **kwargs: Any) -> list[SessionEntry]:
+        if not index.lists and told != "before":
+            await server.begin("new")
+            if told == "meanwhile":
+                await server.indexing.flush()
+        return await list_page(*args, **kwargs)
+
+    monkeypatch.setattr(index, "list", list_meanwhile)
+    if told == "before":
+        await server.begin("new")
+    assert await server.sweep()
+    assert server.room() == SESSIONS_MAX - SESSIONS - 1
+
+
+async def test_changes_that_never_end_hold_up_no_list(
+    servers: list[Server], index: CountingIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, put = servers[0], index.put
+
+    async def put_while_it_changes(found: SessionEntry) -> bool:
+        await asyncio.sleep(0)
+        server.indexing.changed(live)
+        return await put(found)
+
+    live = await server.registry.open(TENANT, "s0", None)
+    server.indexing.changed(live)
+    monkeypatch.setattr(index, "put", put_while_it_changes)
+    async with asyncio.timeout(5):
+        assert len(await server.indexing.names(TENANT, "", SESSIONS, "")) == SESSIONS
 
 
 async def test_only_the_one_that_sweeps_collects_garbage(
