@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from time import time
-from typing import Any
+from typing import Any, TypeAlias
 
 from kvstore_server.errors import ResourceExhausted, Unavailable
 from kvstore_server.metadata.index import Index, Notice, SessionEntry
@@ -13,10 +13,15 @@ from kvstore_server.sessions.prefixes import prefix_entries
 
 LOG = logging.getLogger(__name__)
 PENDING_MAX = 10_000
+Key: TypeAlias = tuple[str, str, bool]
+"""Tenant, session and whether it is removed."""
 
 
 class Indexing:
     """Sends changes to the index from one task, newest per session; what it cannot send is retried, then dropped.
+
+    A removal and another change of a session never take each other's place: they may be of two generations, and come
+    in any order. The index goes by the generations.
 
     Dropping is safe: everything in the index can be rebuilt from the store, and reads by name never ask it.
     """
@@ -26,7 +31,7 @@ class Indexing:
 
     def __init__(self, index: Index) -> None:
         self._index = index
-        self._pending: dict[tuple[str, str], Callable[[], Coroutine[Any, Any, object]]] = {}
+        self._pending: dict[Key, Callable[[], Coroutine[Any, Any, object]]] = {}
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -71,7 +76,7 @@ class Indexing:
             await self._index.put_prefixes(tenant, prefix_entries(live, live.indexed_entries))
             live.indexed_entries = known
 
-        self._queue(tenant, info.name, send)
+        self._queue((tenant, info.name, False), send)
         return entry
 
     def removed(self, tenant: str, name: str, generation: str) -> None:
@@ -79,7 +84,7 @@ class Indexing:
             await self._index.remove(tenant, name, generation)
             await self._index.publish(Notice(tenant=tenant, session=name, generation=generation, length=0))
 
-        self._queue(tenant, name, send)
+        self._queue((tenant, name, True), send)
 
     async def flush(self) -> None:
         """Sends what waits now. Raises Unavailable when the index does not answer."""
@@ -92,11 +97,11 @@ class Indexing:
         entries = await self._index.list(tenant, prefix=prefix, after=after, limit=limit)
         return [entry.name for entry in entries]
 
-    def _queue(self, tenant: str, name: str, send: Callable[[], Coroutine[Any, Any, object]]) -> None:
-        if len(self._pending) >= PENDING_MAX and (tenant, name) not in self._pending:
+    def _queue(self, key: Key, send: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        if len(self._pending) >= PENDING_MAX and key not in self._pending:
             LOG.warning("the index lags by %d changes; one is dropped: rebuild-index restores it", PENDING_MAX)
             return
-        self._pending[tenant, name] = send
+        self._pending[key] = send
         self._wake.set()
 
     async def _send_forever(self) -> None:
@@ -114,7 +119,7 @@ class Indexing:
         while self._pending:
             await self._send(next(iter(self._pending)))
 
-    async def _send(self, key: tuple[str, str]) -> None:
+    async def _send(self, key: Key) -> None:
         if (send := self._pending.get(key)) is None:
             return
         await send()

@@ -253,23 +253,6 @@ async def test_a_quota_counts_a_session_once_whenever_the_index_hears_of_it(
     assert server.room() == SESSIONS_MAX - SESSIONS - 1
 
 
-async def test_changes_that_never_end_hold_up_no_list(
-    servers: list[Server], index: CountingIndex, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server, put = servers[0], index.put
-
-    async def put_while_it_changes(found: SessionEntry) -> bool:
-        await asyncio.sleep(0)
-        server.indexing.changed(live)
-        return await put(found)
-
-    live = await server.registry.open(TENANT, "s0", None)
-    server.indexing.changed(live)
-    monkeypatch.setattr(index, "put", put_while_it_changes)
-    async with asyncio.timeout(5):
-        assert len(await server.indexing.names(TENANT, "", SESSIONS, "")) == SESSIONS
-
-
 async def test_only_the_one_that_sweeps_collects_garbage(
     servers: list[Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
