@@ -54,7 +54,7 @@ class Indexing:
         await self._index.close()
 
     def changed(self, live: LiveSession, *, used: bool = True) -> SessionEntry:
-        """The session is there, as it is known now, and was used: what the index is told. Its fit must have been read."""
+        """The session is there, as it is known now, and was used; what the index is told. Its fit must be known."""
         now, tenant, info = time(), live.state.tenant, live.info()
         entry = SessionEntry(
             tenant=tenant,
