@@ -301,10 +301,12 @@ async def test_the_late_and_the_cancelled_are_not_launched_with_the_next(engine:
 
 @pytest.mark.parametrize("how", ["cancelled", "fails"])
 async def test_what_waits_behind_others_that_come_to_nothing_is_not_left_alone(engine: Engine, how: str) -> None:
-    device, broken = Replaying(), Replaying()
+    def broken(_: list[int]) -> None:
+        raise ZeroDivisionError
+
+    device = Replaying()
     ahead = [ask(engine, device, item) for item in range(2)]
-    broken.at_once = lambda _: 1 // 0
-    nothing = [engine.run_together(name, 0, broken.work, soon(), broken.at_once) for name in ("key", "a")]
+    nothing = [engine.run_together(name, 0, device.work, soon(), broken) for name in ("key", "a")]
     last = engine.run_together("b", 7, device.work, soon(), device.at_once)
     if how == "cancelled":
         for each in nothing:
