@@ -4,6 +4,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from heapq import nlargest
+from itertools import chain
 from random import uniform
 from time import monotonic, time
 from uuid import uuid4
@@ -98,15 +100,14 @@ class Maintenance:
         return False
 
     async def _look_at_all(self) -> Census:
-        began, tenants = monotonic(), dict[str, Holdings]()
-        largest: list[SessionEntry] = []
-        for tenant in await self._tenants():
-            flushed = monotonic()
-            await self._indexing.flush()  # so that what was taken in until then is listed
-            entries = await self._entries(tenant)
-            tenants[tenant] = Holdings.of(entries)
-            largest = sorted(largest + entries, key=lambda entry: -entry.stored_bytes)[:LARGEST]
-            self._quotas.measured(tenant, tenants[tenant], monotonic() - flushed, entries)
+        """Counts first, for it must be known of a census when it was taken: the rest may take long."""
+        names, began = await self._tenants(), monotonic()
+        await self._indexing.flush()  # so that what was taken in until then is listed
+        listed = {tenant: await self._entries(tenant) for tenant in names}
+        tenants = {tenant: Holdings.of(entries) for tenant, entries in listed.items()}
+        for tenant, entries in listed.items():
+            self._quotas.measured(tenant, tenants[tenant], monotonic() - began, entries)
+        for tenant, entries in listed.items():
             await self._cooling.sweep(tenant, entries)
             await self._expiry.sweep(tenant, entries)
         return Census(
@@ -114,7 +115,7 @@ class Maintenance:
             age_seconds=monotonic() - began,
             kept_seconds=self._sweep_seconds,
             tenants=tenants,
-            largest=tuple(largest),
+            largest=tuple(nlargest(LARGEST, chain(*listed.values()), key=lambda entry: entry.stored_bytes)),
         )
 
     async def collect_if_ours(self) -> None:

@@ -1,7 +1,7 @@
 """What each tenant may take. Every server counts what the last census told plus what it took in itself since.
 
 So servers together may go over a quota by what the others take in within one sweep, and by one append each; the rate is
-for each server. Nothing is counted twice, or there would be refusals without a reason.
+for each server. Counting something twice would be worse: a refusal without a reason.
 """
 
 from collections import deque

@@ -13,6 +13,7 @@ from kvstore_server.limits import Limits
 from kvstore_server.metadata import memory
 from kvstore_server.metadata.index import SessionEntry
 from kvstore_server.metadata.memory import MemoryIndex
+from kvstore_server.sessions import maintenance
 from kvstore_server.sessions.cooling import Cooling
 from kvstore_server.sessions.expiry import OBSERVED_SECONDS, Expiry
 from kvstore_server.sessions.indexing import Indexing
@@ -64,8 +65,8 @@ class Server:
         self.expiry = Expiry(self.registry, self.indexing, clock, clock)
         self.quotas = Quotas(lambda _: Quota(sessions_max=SESSIONS_MAX), 2 * SWEEP_SECONDS, clock)
         parts = (store, self.registry, self.indexing, Downgrade(), Merge())
-        cooling = Cooling(*parts, sweep_seconds=SWEEP_SECONDS, clock=clock)
-        what = (store, index, self.registry, self.indexing, cooling, self.expiry, self.quotas)
+        self.cooling = Cooling(*parts, sweep_seconds=SWEEP_SECONDS, clock=clock)
+        what = (store, index, self.registry, self.indexing, self.cooling, self.expiry, self.quotas)
         self.maintenance = Maintenance(*what, sweep_seconds=SWEEP_SECONDS, grace_seconds=3600.0)
         self.sweep = self.maintenance.sweep
 
@@ -90,7 +91,8 @@ class Server:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(memory, "monotonic", clock)
+    for module in (memory, maintenance):
+        monkeypatch.setattr(module, "monotonic", clock)
     return clock
 
 
@@ -233,14 +235,36 @@ async def test_a_quota_counts_what_another_server_found_and_what_came_in_since(
     assert second.room() == SESSIONS_MAX - SESSIONS - 2
 
 
+async def test_a_quota_counts_once_what_came_in_while_another_server_had_more_to_do_than_count(
+    servers: list[Server], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, _ = servers
+    sweep = first.cooling.sweep
+
+    async def slow(tenant: str, entries: Sequence[SessionEntry]) -> int:
+        clock.now += SWEEP_SECONDS / 4
+        if tenant == "another":
+            await second.create("new")
+        return await sweep(tenant, entries)
+
+    for name in ("another", "zebra"):
+        first.registry.log(name).create("s", SHAPE, SPEC)
+    monkeypatch.setattr(first.cooling, "sweep", slow)
+    await second.create("before")
+    assert await first.sweep()
+    assert not await second.sweep()
+    assert second.room() == SESSIONS_MAX - SESSIONS - 2
+
+
 @pytest.mark.parametrize("told", ["before", "meanwhile", "after"])
 async def test_a_quota_counts_a_session_once_whenever_the_index_hears_of_it(
-    servers: list[Server], index: CountingIndex, monkeypatch: pytest.MonkeyPatch, told: str
+    servers: list[Server], index: CountingIndex, clock: Clock, monkeypatch: pytest.MonkeyPatch, told: str
 ) -> None:
     server, list_page = servers[0], index.list
 
     async def list_meanwhile(*args: Any, **kwargs: Any) -> list[SessionEntry]:
         if not index.lists and told != "before":
+            clock.now += 0.001
             await server.begin("new")
             if told == "meanwhile":
                 await server.indexing.flush()
