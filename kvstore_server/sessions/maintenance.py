@@ -102,7 +102,8 @@ class Maintenance:
     async def _look_at_all(self) -> Census:
         """Counts first, for it must be known of a census when it was taken: the rest may take long."""
         names, began = await self._tenants(), monotonic()
-        await self._indexing.flush()  # so that what was taken in until then is listed
+        with suppress(KVStoreError):  # an index that takes nothing may still be read
+            await self._indexing.flush()  # so that what was taken in until then is listed
         listed = {tenant: await self._entries(tenant) for tenant in names}
         tenants = {tenant: Holdings.of(entries) for tenant, entries in listed.items()}
         for tenant, entries in listed.items():

@@ -188,6 +188,19 @@ async def test_without_the_index_nobody_sweeps_and_then_one_does(
     assert await rounds([each.sweep for each in reversed(servers)], clock, 1) == [True, False, False]
 
 
+async def test_an_index_that_takes_no_more_does_not_keep_sessions_from_their_end(
+    servers: list[Server], index: CountingIndex, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = servers[0]
+    await first.create("a", TTL_SECONDS)
+    monkeypatch.setattr(index, "put", AsyncMock(side_effect=Unavailable("INDEX_UNAVAILABLE", "it is full")))
+    await first.begin("b")
+    for seconds in (TTL_SECONDS + 1, OBSERVED_SECONDS):
+        clock.now += seconds
+        assert await first.sweep()
+    assert not await first.registry.find(TENANT, "a")
+
+
 async def test_what_a_server_saw_before_another_swept_ends_nothing(servers: list[Server], clock: Clock) -> None:
     first, second, _ = servers
     await first.create("a", TTL_SECONDS)
