@@ -3,7 +3,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from time import monotonic
+from time import monotonic, sleep
 
 import pytest
 
@@ -119,6 +119,25 @@ async def test_what_waits_for_one_key_runs_together_and_each_gets_its_own() -> N
     assert await asyncio.gather(*work) == [n * 10 for n in range(10)]
     assert passes.taken == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
     await running
+    await asyncio.to_thread(engine.close, 5)
+
+
+async def test_bringing_what_queries_read_does_not_count_as_what_they_take() -> None:
+    brought = 0
+
+    def bring() -> None:
+        nonlocal brought
+        brought += 1
+        sleep(0.02)
+
+    engine = Engine(waiting_max=200, setups=lambda: brought)
+    before = engine.wait_seconds("a", 31, 0.0)
+    for _ in range(5):
+        await engine.run(bring, soon(), tenant="a")
+    assert engine.wait_seconds("a", 31, 0.0) == before
+    for _ in range(5):
+        await engine.run(lambda: sleep(0.02), soon(), tenant="a")
+    assert engine.wait_seconds("a", 31, 0.0) > 0.2
     await asyncio.to_thread(engine.close, 5)
 
 
@@ -297,6 +316,26 @@ async def test_the_late_and_the_cancelled_are_not_launched_with_the_next(engine:
     device.finish()
     assert await good == 4
     assert device.launched[2][0] == [4]
+
+
+@pytest.mark.parametrize("how", ["cancelled", "fails"])
+async def test_what_waits_behind_others_that_come_to_nothing_is_not_left_alone(engine: Engine, how: str) -> None:
+    def broken(_: list[int]) -> None:
+        raise ZeroDivisionError
+
+    device = Replaying()
+    ahead = [ask(engine, device, item) for item in range(2)]
+    nothing = [engine.run_together(name, 0, device.work, soon(), broken) for name in ("key", "a")]
+    last = engine.run_together("b", 7, device.work, soon(), device.at_once)
+    if how == "cancelled":
+        for each in nothing:
+            each.cancel()
+    for _ in ahead:
+        device.finish()
+    assert await asyncio.gather(*ahead) == [0, 1]
+    assert await asyncio.wait_for(last, 5) == 7
+    if how == "fails":
+        assert [type(each.exception()) for each in nothing] == [ZeroDivisionError] * 2
 
 
 async def test_who_is_told_hears_once_or_never_and_disturbs_nobody(engine: Engine) -> None:
