@@ -5,6 +5,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from time import monotonic
 from typing import TypeAlias
 
@@ -261,21 +262,23 @@ class Querying:
         if fit is not None and resident.plan is not None:
             for part in _bases(fit, resident.plan.spec, resident.shape.layers):
                 yield part
-        for layer in query.layers:
-            for kind in KINDS:
+        for layer, kind, piece in product(query.layers, KINDS, self._pieces(resident, query)):
+            work = partial(cut, resident, piece, layer, kind)
+            for part in await self._engine.run(work, deadline, "encode", tenant):
+                yield part
 
-                def work(layer: int = layer, kind: Kind = kind) -> list[FetchPart]:
-                    return cut(resident, query, layer, kind)
+    def _pieces(self, resident: ResidentSession, query: FetchQuery) -> Iterator[FetchQuery]:
+        """What is computed at a time: of vectors a frame, so that queries slip in between and little is held."""
+        token_bytes = resident.shape.kv_heads * resident.shape.head_dim * (query.dtype or resident.dtype).itemsize
+        step = self._limits.frame_bytes_max // token_bytes if query.decoded else query.end
+        for first in range(query.start, query.end, max(1, step)):
+            yield replace(query, start=first, end=min(first + step, query.end))
 
-                for part in await self._engine.run(work, deadline, "encode", tenant):
-                    yield part
-
-    def _decoded(self, resident: ResidentSession, query: FetchQuery, layer: int, kind: Kind) -> list[FetchPart]:
-        dtype = query.dtype or resident.dtype
-        return [
-            FetchPart(layer, kind, "rows", block.start, attention.decoded(self._device, block, kind, dtype))
-            for block in attention.host_blocks(resident, layer, query.start, query.end, query.precision)
-        ]
+    def _decoded(self, resident: ResidentSession, query: FetchQuery, layer: int, kind: Kind) -> Later[list[FetchPart]]:
+        blocks = attention.host_blocks(resident, layer, query.start, query.end, query.precision)
+        fetch = attention.decoded(self._device, blocks, kind, query.dtype or resident.dtype)
+        starts = [block.start for block in blocks]
+        return Later(lambda: [FetchPart(layer, kind, "rows", *each) for each in zip(starts, fetch(), strict=True)])
 
     async def _prepared(self, tenant: str, query: Query, deadline: float) -> tuple[LiveSession, attention.Prefix]:
         """The session, loaded up to the query's end, against which the query is checked."""
