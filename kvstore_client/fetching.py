@@ -1,6 +1,7 @@
 """Stored rows brought here: decoded to vectors, or packed as they are."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterable, Callable, Sequence
 
 import torch
@@ -24,6 +25,8 @@ from kvstore_proto.v1 import kvstore_pb2 as pb
 KIND_NAMES: dict[int, Kind] = {pb.KIND_KEYS: "keys", pb.KIND_VALUES: "values"}
 COPY_APART_BYTES = 256 << 10
 """From here on another thread copies a part: shorter ones cost less than the switch."""
+COPIES_MAX = 4
+"""At a time: to write memory for the first time takes one thread longer than the part needs to come."""
 
 
 async def fetch_vectors(
@@ -166,20 +169,18 @@ class _Found:
 
 
 async def _collect(replies: AsyncIterable[pb.FetchHeader | Part], found: _Found) -> _Found:
-    """While a large part is brought to its place the next may come."""
-    copying: asyncio.Future[None] | None = None
+    """While large parts are brought to their places the next may come."""
+    copies = deque[asyncio.Future[None]]()
     async for reply in replies:
         if isinstance(reply, pb.FetchHeader):
             found.header = reply
             continue
         copy = found.take(reply)
-        if copying is not None:
-            await copying
-            copying = None
         if len(reply.data) < COPY_APART_BYTES:
             copy()
-        else:
-            copying = asyncio.get_running_loop().run_in_executor(None, copy)
-    if copying is not None:
-        await copying
+            continue
+        if len(copies) == COPIES_MAX:
+            await copies.popleft()
+        copies.append(asyncio.get_running_loop().run_in_executor(None, copy))
+    await asyncio.gather(*copies)
     return found
