@@ -87,6 +87,7 @@ class Server:
             self.telemetry.ran,
             backend.ordered,
             settings.weight_of,
+            device.setups,
         )
         index = open_index(settings.index)
         append_room = self.admission.pools["appends"]

@@ -49,6 +49,11 @@ class Backend(Protocol):
     name: str
     """`cpu`, or `cuda:0 <device>`."""
 
+    @property
+    def recordings(self) -> int:
+        """How many launches were recorded, each in one call of `attend_all` that took longer for it."""
+        ...
+
     def encode(self, x: Tensor, encoder: Encoder) -> Signs:
         """Sketches in host memory of x [N, H, D], any float dtype.
 
@@ -169,6 +174,7 @@ class ReferenceBackend:
 
     name: str = "cpu"
     paging: Paging | None = None
+    recordings: int = 0
     encode = staticmethod(reference.encode)
     score = staticmethod(reference.score)
     topk = staticmethod(reference.topk)

@@ -60,6 +60,8 @@ class DeviceMemory:
         self._gone: list[int] = []
         self._clock = count(1)
         self.counts = Counter[str]()
+        self.first_loads = 0
+        """Layers that queries brought here, and for which nothing had to leave: the next query finds them."""
 
     @property
     def size_bytes(self) -> int:
@@ -76,11 +78,15 @@ class DeviceMemory:
     def blocks(self, resident: ResidentSession, layer: int, start: int, end: int, levels: dict[Kind, int]) -> Blocks:
         """Positions [start, end) of `layer` on the device; ResourceExhausted if the layer alone does not fit."""
         self._forget_gone()
+        evicted = self.counts["evicted"]
         session = self._admitted(resident, end)
         if session is None:
             return self._streamed(resident, layer, end).blocks(resident, start, end, levels)
-        self.counts["loaded_bytes"] += session.layers[layer].load(resident, end)
-        return session.layers[layer].blocks(resident, start, end, levels)
+        own = session.layers[layer]
+        if not own.is_loaded and evicted == self.counts["evicted"]:
+            self.first_loads += 1
+        self.counts["loaded_bytes"] += own.load(resident, end)
+        return own.blocks(resident, start, end, levels)
 
     def at_hand(
         self, resident: ResidentSession, layer: int, start: int, end: int, levels: dict[Kind, int]

@@ -61,6 +61,11 @@ class DeviceLayer:
         self._kinds: dict[Kind, KindOnDevice] = {kind: KindOnDevice() for kind in KINDS}
         self._views: dict[tuple[int, ...], Blocks] = {}
 
+    @property
+    def is_loaded(self) -> bool:
+        """There are rows to read."""
+        return any(own.row_count or any(each.packed for each in own.sketches.values()) for own in self._kinds.values())
+
     def size_bytes(self, resident: ResidentSession, end: int) -> int:
         """Of positions [0, end) on the device."""
         total = 0

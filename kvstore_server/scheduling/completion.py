@@ -120,6 +120,8 @@ class Run:
     """Seconds that each had waited."""
     begun: float
     results: Later[Sequence[Any]]
+    usual: bool = True
+    """It did nothing that the next of its like will find done."""
 
 
 class Completions:

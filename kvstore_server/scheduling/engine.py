@@ -58,7 +58,8 @@ class Engine:
 
     An error for which `is_fatal` holds means that the device is lost: it and all work after it answer Unavailable, and
     `on_fatal` is called once, on a thread of the engine. `ran` hears of every run, also there: its lane, the seconds
-    that its pieces had waited, and its own until the device was done. All work runs within `ordered()`.
+    that its pieces had waited, and its own until the device was done. All work runs within `ordered()`. A run during
+    which `setups()` grows did what the next of its like finds done, and says nothing of how long that one will take.
     """
 
     def __init__(
@@ -69,8 +70,9 @@ class Engine:
         ran: Callable[[Lane, list[float], float], None] = lambda *_: None,
         ordered: Callable[[], AbstractContextManager[object]] = nullcontext,
         weight_of: Callable[[str], int] = lambda _: 1,
+        setups: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._waiting_max = waiting_max
+        self._waiting_max, self._setups = waiting_max, setups
         self._is_fatal, self._on_fatal, self._ran = is_fatal, on_fatal, ran
         self._lanes: dict[Lane, FairLane[Work]] = {"query": FairLane(weight_of), "encode": FairLane(weight_of)}
         self._wake = threading.Condition()
@@ -201,17 +203,19 @@ class Engine:
         try:
             with self._launching:
                 self._count(due)
+                setups = self._setups()
                 results = due[0].run([work.item for work in due])
+                usual = self._setups() == setups
         except BaseException as error:
             self._failed(waiting, error)
             return
         if not isinstance(results, Later):
             seconds = monotonic() - now
-            self._charge(lane, due[0].tenant, len(due), seconds)
+            self._charge(lane, due[0].tenant, len(due), seconds, usual)
             self._ran(lane, queued, seconds)
             settle(waiting, results)
             return
-        run = Run(lane, due[0].tenant, waiting, queued, now, results)
+        run = Run(lane, due[0].tenant, waiting, queued, now, results, usual)
         if self.waiting or self._completions.busy:
             self._completions.add(run)
         else:  # nothing else to launch: another thread would only cost a switch
@@ -283,9 +287,9 @@ class Engine:
                 if not self._at_once:
                     self._wake.notify()
 
-    def _charge(self, lane: Lane, tenant: str, pieces: int, seconds: float) -> None:
+    def _charge(self, lane: Lane, tenant: str, pieces: int, seconds: float, usual: bool) -> None:
         with self._wake:
-            self._lanes[lane].charge(tenant, pieces, seconds)
+            self._lanes[lane].charge(tenant, pieces, seconds, usual)
 
     def _finish(self, run: Run, next_one: Callable[[], None] = lambda: None) -> None:
         """Waits for the device, which may have its next work then, and answers."""
@@ -296,7 +300,7 @@ class Engine:
             next_one()
             return
         seconds = monotonic() - run.begun
-        self._charge(run.lane, run.tenant, len(run.waiting), seconds)
+        self._charge(run.lane, run.tenant, len(run.waiting), seconds, run.usual)
         next_one()
         settle(run.waiting, results)
         self._ran(run.lane, run.queued, seconds)

@@ -99,10 +99,12 @@ class FairLane(Generic[W]):
         self._weights = self._count = 0
         return everything
 
-    def charge(self, tenant: str, pieces: int, seconds: float) -> None:
-        """So many pieces of the tenant's work had the device for so long."""
+    def charge(self, tenant: str, pieces: int, seconds: float, usual: bool = True) -> None:
+        """So many pieces of the tenant's work had the device for so long; if `usual`, the next will as well."""
         queue = self._queue(tenant)
         queue.used += seconds / queue.weight
+        if not usual:
+            return
         measured = min(seconds / pieces, GROWTH_MAX * queue.seconds_each)
         queue.seconds_each += GAIN * (measured - queue.seconds_each)
 

@@ -37,6 +37,10 @@ class Device:
     backend: Backend
     memory: DeviceMemory | None
 
+    def setups(self) -> int:
+        """How many layers were brought to the device, and launches recorded, for queries that come later as well."""
+        return self.backend.recordings + (0 if self.memory is None else self.memory.first_loads)
+
     def blocks(self, prefix: "Prefix", start: int = 0) -> Blocks:
         """Positions [start, prefix.end) as the backend reads them."""
         if self.memory is None or _is_projected(prefix):

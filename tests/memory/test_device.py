@@ -132,6 +132,20 @@ def test_the_least_recently_used_session_leaves_for_a_new_one() -> None:
     assert device.counts["evicted"] == 2
 
 
+def test_first_loads_are_those_for_which_nothing_left() -> None:
+    one, two, three = session(3000), session(3000), session(3000)
+    device, _ = memory(size_bytes=2 * EXTENT)
+    for end in (2000, 2000, 3000):
+        check(device, one, end)
+    assert device.first_loads == 1
+    check(device, one, 3000, layer=0)
+    check(device, two, 3000)
+    assert device.first_loads == 3
+    check(device, three, 3000)
+    assert device.counts["evicted"] == 1
+    assert device.first_loads == 3
+
+
 def test_a_session_larger_than_the_device_is_streamed_layer_by_layer() -> None:
     resident = session(6000)
     device, paging = memory(size_bytes=EXTENT)

@@ -3,7 +3,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from time import monotonic
+from time import monotonic, sleep
 
 import pytest
 
@@ -119,6 +119,25 @@ async def test_what_waits_for_one_key_runs_together_and_each_gets_its_own() -> N
     assert await asyncio.gather(*work) == [n * 10 for n in range(10)]
     assert passes.taken == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
     await running
+    await asyncio.to_thread(engine.close, 5)
+
+
+async def test_bringing_what_queries_read_does_not_count_as_what_they_take() -> None:
+    brought = 0
+
+    def bring() -> None:
+        nonlocal brought
+        brought += 1
+        sleep(0.02)
+
+    engine = Engine(waiting_max=200, setups=lambda: brought)
+    before = engine.wait_seconds("a", 31, 0.0)
+    for _ in range(5):
+        await engine.run(bring, soon(), tenant="a")
+    assert engine.wait_seconds("a", 31, 0.0) == before
+    for _ in range(5):
+        await engine.run(lambda: sleep(0.02), soon(), tenant="a")
+    assert engine.wait_seconds("a", 31, 0.0) > 0.2
     await asyncio.to_thread(engine.close, 5)
 
 

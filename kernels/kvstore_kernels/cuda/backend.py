@@ -50,6 +50,10 @@ class CudaBackend:
         self._stream, self._beside = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._recorder = Recorder(self._stream)
 
+    @property
+    def recordings(self) -> int:
+        return self._recorder.recorded
+
     @on_stream
     def encode(self, x: Tensor, encoder: Encoder) -> Signs:
         signs = encode.encode(self._to_device(x), encoder)

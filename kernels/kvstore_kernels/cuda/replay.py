@@ -132,6 +132,8 @@ class Recorder:
         """Nothing else uses it: what another thread puts on a stream that is recorded, be it the event with which torch
         takes back pinned memory, becomes part of the recording and an error of whoever asks for it."""
         self._pool: Any = None
+        self.recorded = 0
+        """How many recordings were made."""
 
     def run(self, kept: dict[Any, Any], key: Any, q: Tensor, attend: Callable[[Tensor], Attended]) -> Answer | None:
         """Begins attend(q) of q [T, Hq, D] on the stream, which is current; None while it is not worth recording.
@@ -168,6 +170,7 @@ class Recorder:
             for host, device in zip(answer, found, strict=True):
                 host.copy_(device, non_blocking=True)
 
+        self.recorded += 1
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
