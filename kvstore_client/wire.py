@@ -26,10 +26,8 @@ class Frame:
     data: memoryview
 
 
-def encode_append(request: pb.AppendHeader | Frame | bytes) -> bytes:
-    """The bytes of the AppendRequest that holds `request`, or that it is already."""
-    if isinstance(request, bytes):
-        return request
+def encode_append(request: pb.AppendHeader | Frame) -> bytes:
+    """The bytes of the AppendRequest that holds `request`."""
     if isinstance(request, pb.AppendHeader):
         return pb.AppendRequest(header=request).SerializeToString()
     head = request.head.SerializeToString()
