@@ -5,12 +5,12 @@ A protobuf `bytes` field takes only `bytes`, so building and serialising a frame
 
 from dataclasses import dataclass
 
-from kvstore_proto.cut import DELIMITED, cut
+from kvstore_proto.cut import cut
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_proto.varint import varint
 
-_FRAME_TAG = bytes([pb.AppendRequest.FRAME_FIELD_NUMBER << 3 | DELIMITED])
-_DATA_TAG = bytes([pb.AppendFrame.DATA_FIELD_NUMBER << 3 | DELIMITED])
+_FRAME_TAG = bytes([pb.AppendRequest.FRAME_FIELD_NUMBER << 3 | 2])
+_DATA_TAG = bytes([pb.AppendFrame.DATA_FIELD_NUMBER << 3 | 2])
 _TENSOR_DATA = (
     pb.FetchResponse.PART_FIELD_NUMBER,
     pb.FetchPart.TENSOR_FIELD_NUMBER,

@@ -9,15 +9,20 @@ from functools import lru_cache
 
 import torch
 
-from kvstore_proto.cut import DELIMITED
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_proto.varint import varint
 from kvstore_server.rpc.convert import LSE_FACTORS, fill_fidelity, tensor_head
 from kvstore_server.sessions.model import AttendAnswer, Fidelity
 
 _ID = bytes([pb.AttendResponse.REQUEST_ID_FIELD_NUMBER << 3])
-_RESULT = bytes([pb.AttendResponse.RESULT_FIELD_NUMBER << 3 | DELIMITED])
-_OUT, _LSE = pb.AttendResult.OUT_FIELD_NUMBER, pb.AttendResult.LSE_FIELD_NUMBER
+_RESULT, _OUT, _LSE = (
+    bytes([number << 3 | 2])
+    for number in (
+        pb.AttendResponse.RESULT_FIELD_NUMBER,
+        pb.AttendResult.OUT_FIELD_NUMBER,
+        pb.AttendResult.LSE_FIELD_NUMBER,
+    )
+)
 _DOUBLE = struct.Struct("<d")
 _HOLE = b"\xf5\xf6\xf7\xf8\xf9\xfa\xfb\x3f"
 """A double; in UTF-8 there are no such bytes."""

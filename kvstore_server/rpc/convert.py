@@ -14,7 +14,6 @@ from torch import Tensor
 from kvstore_codecs.spec import CodecSpec, Kind, ModelShape
 from kvstore_kernels import as_torch_dtype
 from kvstore_kernels.host import HostArray
-from kvstore_proto.cut import DELIMITED
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_proto.varint import varint
 from kvstore_server.errors import InvalidArgument
@@ -24,6 +23,7 @@ from kvstore_server.sessions.model import FetchedPart, Fidelity, Precision, Sess
 from kvstore_server.storage.geometry import Part
 
 T = TypeVar("T")
+_DATA = bytes([pb.Tensor.DATA_FIELD_NUMBER << 3 | 2])
 
 DTYPES: dict[int, torch.dtype] = {
     pb.DTYPE_FLOAT32: torch.float32,
@@ -110,12 +110,11 @@ def tensor_to(tensor: Tensor) -> pb.Tensor:
 
 
 @lru_cache(1024)
-def tensor_head(number: int, dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
-    """The bytes of a Tensor in a field of that number, up to its data."""
+def tensor_head(tag: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
+    """The bytes of a Tensor field up to its data."""
     size = prod(shape) * dtype.itemsize
-    head = pb.Tensor(dtype=DTYPE_NUMBERS[dtype], shape=shape).SerializeToString()
-    head += bytes([pb.Tensor.DATA_FIELD_NUMBER << 3 | DELIMITED]) + varint(size)
-    return bytes([number << 3 | DELIMITED]) + varint(len(head) + size) + head
+    head = pb.Tensor(dtype=DTYPE_NUMBERS[dtype], shape=shape).SerializeToString() + _DATA + varint(size)
+    return tag + varint(len(head) + size) + head
 
 
 def shape_from(message: pb.ModelShape) -> ModelShape:

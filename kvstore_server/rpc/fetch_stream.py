@@ -3,30 +3,30 @@
 from collections.abc import AsyncGenerator, Iterator
 
 from kvstore_kernels.host import HostArray
-from kvstore_proto.cut import DELIMITED
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_proto.varint import varint
 from kvstore_server.errors import InvalidArgument
 from kvstore_server.limits import Limits
 from kvstore_server.rpc import convert
-from kvstore_server.rpc.ahead import one_ahead
+from kvstore_server.scheduling.ahead import one_ahead
+from kvstore_server.sessions.fetching import Fetching, FetchQuery
 from kvstore_server.sessions.model import FetchPart
-from kvstore_server.sessions.querying import FetchQuery, Querying
 
 PART_BYTES = 2 << 20
 """Of a message's data: of these a stream carries most."""
-_PART, _TENSOR = pb.FetchResponse.PART_FIELD_NUMBER, pb.FetchPart.TENSOR_FIELD_NUMBER
+_PART = bytes([pb.FetchResponse.PART_FIELD_NUMBER << 3 | 2])
+_TENSOR = bytes([pb.FetchPart.TENSOR_FIELD_NUMBER << 3 | 2])
 
 
 def fetch_responses(
-    querying: Querying, limits: Limits, tenant: str, request: pb.FetchRequest, deadline: float
+    fetching: Fetching, limits: Limits, tenant: str, request: pb.FetchRequest, deadline: float
 ) -> AsyncGenerator[pb.FetchResponse | bytes]:
     """The answer of one Fetch: while a message is written the next is made."""
-    return one_ahead(_responses(querying, limits, tenant, request, deadline))
+    return one_ahead(_responses(fetching, limits, tenant, request, deadline))
 
 
 async def _responses(
-    querying: Querying, limits: Limits, tenant: str, request: pb.FetchRequest, deadline: float
+    fetching: Fetching, limits: Limits, tenant: str, request: pb.FetchRequest, deadline: float
 ) -> AsyncGenerator[pb.FetchResponse | bytes]:
     if request.decoded and request.dtype:
         dtype = convert.DTYPES[convert.chosen({n: n for n in convert.FLOATS}, request.dtype, "dtype")]
@@ -44,7 +44,7 @@ async def _responses(
         dtype=dtype,
         precision=convert.precision_from(request.precision),
     )
-    answer = await querying.fetch(tenant, query, deadline)
+    answer = await fetching.fetch(tenant, query, deadline)
     header = pb.FetchHeader(session=convert.session_to(answer.info), token_start=query.start, token_end=query.end)
     if answer.fit is not None:
         header.mean_keys.CopyFrom(convert.tensor_to(answer.fit.mean_keys))
@@ -68,7 +68,7 @@ def encode_part(before: bytes, part: FetchPart) -> bytes:
     ).SerializeToString()
     head += convert.tensor_head(_TENSOR, part.tensor.dtype, tuple(part.tensor.shape))
     size = varint(len(head) + part.tensor.nbytes)
-    return b"".join((before, bytes([_PART << 3 | DELIMITED]), size, head, HostArray.of(part.tensor).array.data))
+    return b"".join((before, _PART, size, head, HostArray.of(part.tensor).array.data))
 
 
 def _pieces(part: FetchPart, bytes_max: int) -> Iterator[FetchPart]:

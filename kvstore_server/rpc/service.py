@@ -154,7 +154,7 @@ class KVStoreServicer:
         await AttendStream(querying, self._limits, call.tenant, self._admission, telemetry, outbox).run(receive)
 
     def Fetch(self, request: pb.FetchRequest, call: Call) -> AsyncIterator[pb.FetchResponse | bytes]:
-        return fetch_responses(self._sessions.querying, self._limits, call.tenant, request, call.deadline)
+        return fetch_responses(self._sessions.fetching, self._limits, call.tenant, request, call.deadline)
 
     async def PutProjection(
         self, requests: AsyncIterator[pb.PutProjectionRequest], call: Call

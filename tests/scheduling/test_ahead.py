@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from kvstore_server.rpc.ahead import one_ahead
+from kvstore_server.scheduling.ahead import one_ahead
 
 
 class Made:
