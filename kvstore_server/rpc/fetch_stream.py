@@ -1,6 +1,7 @@
 """Fetch as a stream: a header that says what is stored, then parts no larger than a frame."""
 
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 
 from kvstore_kernels.host import HostArray
 from kvstore_proto.v1 import kvstore_pb2 as pb
@@ -53,9 +54,10 @@ async def _responses(
     facts = pb.FetchResponse(generation=answer.info.generation, length=answer.info.length)
     yield pb.FetchResponse(header=header, generation=facts.generation, length=facts.length)
     before = facts.SerializeToString()
-    async for part in answer.parts:
-        for piece in _pieces(part, min(limits.frame_bytes_max, PART_BYTES)):
-            yield encode_part(before, piece)
+    async with aclosing(answer.parts) as parts:
+        async for part in parts:
+            for piece in _pieces(part, min(limits.frame_bytes_max, PART_BYTES)):
+                yield encode_part(before, piece)
 
 
 def encode_part(before: bytes, part: FetchPart) -> bytes:

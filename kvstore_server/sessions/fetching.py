@@ -1,6 +1,6 @@
 """Fetch: rows as they are stored, or decoded, a piece at a time."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -77,7 +77,7 @@ class Fetching:
 
     async def _parts(
         self, tenant: str, resident: ResidentSession, fit: Fit | None, query: FetchQuery, deadline: float
-    ) -> AsyncIterator[FetchPart]:
+    ) -> AsyncGenerator[FetchPart]:
         cut = self._decoded if query.decoded else _stored
         if fit is not None and resident.plan is not None:
             for part in _bases(fit, resident.plan.spec, resident.shape.layers):
@@ -95,8 +95,8 @@ class Fetching:
     def _pieces(self, resident: ResidentSession, query: FetchQuery) -> Iterator[FetchQuery]:
         """What is computed at a time: of vectors a few frames, so that queries slip in between and little is held."""
         token_bytes = resident.shape.kv_heads * resident.shape.head_dim * (query.dtype or resident.dtype).itemsize
-        step = PIECE_FRAMES * self._limits.frame_bytes_max // token_bytes if query.decoded else query.end
-        for first in range(query.start, query.end, max(1, step)):
+        step = max(1, PIECE_FRAMES * self._limits.frame_bytes_max // token_bytes if query.decoded else query.end)
+        for first in range(query.start, query.end, step):
             yield replace(query, start=first, end=min(first + step, query.end))
 
     def _decoded(self, resident: ResidentSession, query: FetchQuery, layer: int, kind: Kind) -> Later[list[FetchPart]]:
