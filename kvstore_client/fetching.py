@@ -131,7 +131,7 @@ class _Found:
         """For how many rows of a part there is to be room, of which `count` come first, and how many it may have."""
         if head.part in (pb.PART_BASIS, pb.PART_WEIGHTS):
             return (heads := self._info.shape.kv_heads), heads
-        most = self._end - head.token_start
+        most = max(0, self._end - head.token_start)
         exact = self.header.session.exact_end - head.token_start
         return exact if head.part == pb.PART_ROWS and count <= exact < most else most, most
 
