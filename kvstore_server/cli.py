@@ -23,6 +23,7 @@ from kvstore_server.commands.arguments import (
     SkipOption,
     TargetOption,
     TextOption,
+    client_of,
     explained,
 )
 from kvstore_server.commands.keys import keys
@@ -143,10 +144,9 @@ def health(
 @app.command()
 def info(target: TargetOption = TARGET) -> None:
     """What a server is and what it allows."""
-    from kvstore_client import KVStoreClient
     from kvstore_server.report import print_info
 
-    with KVStoreClient(target) as client:
+    with client_of(target) as client:
         print_info(client.server_info())
 
 
@@ -360,18 +360,14 @@ def fit_projection(
 @projections.command()
 def push(file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)], target: TargetOption = TARGET) -> None:
     """Store a projection on a server; prints its sha256."""
-    from kvstore_client import KVStoreClient
-
-    with KVStoreClient(target) as client:
+    with client_of(target) as client:
         print(client.put_projection(file.read_bytes()))
 
 
 @projections.command("list")
 def list_projections(target: TargetOption = TARGET) -> None:
     """The projections that a server keeps."""
-    from kvstore_client import KVStoreClient
-
-    with KVStoreClient(target) as client:
+    with client_of(target) as client:
         for each in client.list_projections():
             print(f"{each.sha256} {each.size_bytes:>13,} bytes  {each.model_fingerprint}")
 

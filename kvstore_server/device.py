@@ -42,6 +42,7 @@ def _checked(name: str) -> Backend:
         backend = open_backend(name)
     except RuntimeError as error:
         raise DeviceUnusable(str(error)) from error
+    LOG.info("checking %s, for half a minute where no compiled ops were kept", backend.name)
     self_check(backend)
     return backend
 

@@ -206,15 +206,16 @@ class DeviceLayer:
         self, resident: ResidentSession, own: PagedSketches, kind: Kind, plan: SignPlan, begin: int, end: int
     ) -> int:
         """What is not there yet of an epoch's sketches [begin, end)."""
-        first, own.packed = max(begin, own.packed), end
+        first, nbytes = max(begin, own.packed), 0
         table = own.table = self._extended_table(own, end)
-        if not plan.layout.words:
-            return 0
-        signs = resident.signs(self._layer, kind, first, end)
-        begun = first % PAGE_TOKENS and first > begin
-        pages = Pages(self._arena.bytes, table, first, end)
-        self._arena.paging.pack(signs, plan.layout, pages, values=kind == "values", keep=bool(begun))
-        return signs.words.nbytes + signs.scales.nbytes
+        if plan.layout.words:
+            signs = resident.signs(self._layer, kind, first, end)
+            begun = first % PAGE_TOKENS and first > begin
+            pages = Pages(self._arena.bytes, table, first, end)
+            self._arena.paging.pack(signs, plan.layout, pages, values=kind == "values", keep=bool(begun))
+            nbytes = signs.words.nbytes + signs.scales.nbytes
+        own.packed = end  # only now: the device may have had no memory for them
+        return nbytes
 
     def _extended_table(self, own: PagedSketches, end: int) -> Tensor:
         """Where each page lies, in units of 512 bytes; entries of pages that hold nothing are never used."""
@@ -222,8 +223,9 @@ class DeviceLayer:
             return own.table
         units = [0] * own.skipped + [offset // PAGE_UNIT for offset in own.pages]
         units += [0] * (-(-end // PAGE_TOKENS) - len(units))
+        table = self._arena.paging.upload(torch.tensor(units, dtype=torch.int32))
         own.table_pages = len(own.pages)
-        return self._arena.paging.upload(torch.tensor(units, dtype=torch.int32))
+        return table
 
 
 def _row_bytes(resident: ResidentSession) -> int:

@@ -33,11 +33,16 @@ class GrowingRows:
             grown[: self.length] = self._buffer[: self.length]
             self._buffer = grown
 
-    def extend(self, rows: Tensor) -> None:
-        """Appends `rows` [n, ...]."""
-        needed = self.length + rows.shape[0]
+    def make_room(self, count: int) -> None:
+        """For so many rows more: all of `extend` that memory may lack for."""
+        needed = self.length + count
         if needed > self._buffer.shape[0]:
             self.reserve(max(needed, 2 * self._buffer.shape[0], FIRST_ROWS))
+
+    def extend(self, rows: Tensor) -> None:
+        """Appends `rows` [n, ...]."""
+        self.make_room(len(rows))
+        needed = self.length + len(rows)
         self._buffer[self.length : needed] = rows
         self.length = needed
 

@@ -62,15 +62,24 @@ class KindStore:
     def nbytes(self) -> int:
         return self.rows.nbytes + sum(part.nbytes for parts in self._signs.values() for part in parts)
 
+    def make_room(self, kind: KindRows, epoch: int) -> None:
+        """All of `extend` that memory may lack for."""
+        for rows, tensor in self._parts(kind, epoch):
+            rows.make_room(len(tensor))
+
     def extend(self, kind: KindRows, epoch: int) -> None:
-        self.rows.extend(kind.rows)
-        if kind.signs is not None:
-            tensors = kind.signs.words, kind.signs.scales
-            if epoch not in self._signs:
-                words, scales = (GrowingRows(tensor.shape[1:], tensor.dtype, self._allocate) for tensor in tensors)
-                self._signs[epoch] = words, scales
-            for rows, tensor in zip(self._signs[epoch], tensors, strict=True):
-                rows.extend(tensor)
+        for rows, tensor in self._parts(kind, epoch):
+            rows.extend(tensor)
+
+    def _parts(self, kind: KindRows, epoch: int) -> list[tuple[GrowingRows, Tensor]]:
+        """What each tensor is added to."""
+        if kind.signs is None:
+            return [(self.rows, kind.rows)]
+        tensors = kind.signs.words, kind.signs.scales
+        if epoch not in self._signs:
+            words, scales = (GrowingRows(tensor.shape[1:], tensor.dtype, self._allocate) for tensor in tensors)
+            self._signs[epoch] = words, scales
+        return [(self.rows, kind.rows), *zip(self._signs[epoch], tensors, strict=True)]
 
     def sketched(self, epoch: int, start: int, end: int) -> Signs:
         """Positions count from the epoch's first."""
@@ -145,9 +154,15 @@ class ResidentSession:
         return max(0, sum(epoch.start <= start for epoch in self.epochs) - 1)
 
     def _append(self, rows: AppendRows, epoch: int) -> None:
-        for layer, pair in zip(self._layers, rows, strict=True):
-            for kind, part in zip(KINDS, pair, strict=True):
-                layer[kind].extend(part, epoch)
+        parts = [
+            (layer[kind], part)
+            for layer, pair in zip(self._layers, rows, strict=True)
+            for kind, part in zip(KINDS, pair, strict=True)
+        ]
+        for store, part in parts:  # all of them first: what fails later would leave some longer than others
+            store.make_room(part, epoch)
+        for store, part in parts:
+            store.extend(part, epoch)
 
     def blocks(self, layer: int, start: int, end: int, levels: dict[Kind, int]) -> Iterator[Block]:
         """Positions [start, end) of `layer` at a level for each kind: exact ones first, then those of each epoch."""

@@ -340,8 +340,10 @@ class AttendStream:
 def _asked(step: pb.AttendStep, item: pb.AttendStep.Item, shape: tuple[int, ...]) -> Hashable:
     """Equal for items that ask the same of rows of this shape."""
     debias = step.debias if step.HasField("debias") else None
-    precision = step.precision.SerializeToString() if step.HasField("precision") else b""
-    what = step.layer, step.head_offset, step.refine, debias, precision, step.lse_base
+    levels = None
+    if step.HasField("precision"):  # field by field: its bytes would have what somebody sends and nobody knows, too
+        levels = step.precision.keys_level, step.precision.values_level, step.precision.require_precision
+    what = step.layer, step.head_offset, step.refine, debias, levels, step.lse_base
     return item.handle, item.end, item.rows, step.q.dtype, shape, what
 
 

@@ -32,7 +32,7 @@ class Outbox:
         self._writing = False
         self._writer: asyncio.Task[None] | None = None
         self._begun = 0.0
-        """When the write that is under way began."""
+        """When the write that is under way, or will be next, began."""
         self._watch: asyncio.TimerHandle | None = None
         self.taken: Callable[[int | None], None] = lambda _: None
         """Called for each message, with its bytes, once nothing is held of it."""
@@ -43,7 +43,7 @@ class Outbox:
     def put(self, message: Message | bytes, size: int | None = None) -> None:
         self._waiting.append((message, size))
         if not self._writing and not self.ended.done():
-            self._writing = True
+            self._writing, self._begun = True, monotonic()  # a task that is not eager begins after this turn
             self._writer = _begun(self._loop, self._write_all())
 
     async def flush(self) -> None:

@@ -281,11 +281,12 @@ class Engine:
                 return
             taken = lane.take(TOGETHER_MAX)
         due = self._due(taken, monotonic())
-        if due and not self._begin(due):
-            with self._wake:
+        is_begun = not due or self._begin(due)
+        with self._wake:
+            if not is_begun:
                 lane.put_back(due)
-                if not self._at_once:
-                    self._wake.notify()
+            if lane and not self._at_once:  # nothing that was begun will end and look here again
+                self._wake.notify()
 
     def _charge(self, lane: Lane, tenant: str, pieces: int, seconds: float, usual: bool) -> None:
         with self._wake:

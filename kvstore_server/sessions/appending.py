@@ -243,9 +243,9 @@ class OpenAppend:
             raw_bytes = self._header.tokens * live.state.shape.raw_bytes_per_token
             appending.telemetry.appended(live.state.spec, self._header.tokens, raw_bytes, outcome.entry.stored_bytes)
         await appending.registry.ensure_fit(live)
-        appending.indexing.changed(live)
-        if isinstance(outcome, Committed):  # once the index is told, as of a new session
-            appending.quotas.stored(live.state.tenant, outcome.entry.stored_bytes)
+        entry = appending.indexing.changed(live)
+        if isinstance(outcome, Committed):
+            appending.quotas.stored(entry, outcome.entry.stored_bytes)
 
     async def _grow(self, outcome: Committed | AlreadyPresent, rows: list[LayerRows]) -> None:
         """The rows join those in memory, in the order of commits."""

@@ -74,8 +74,7 @@ class Lifecycle:
             raise InvalidArgument("prefix", "prefix and page_token have at most 128 characters", limit=128)
         size = page_size or self._limits.list_page_max
         names = await self._indexing.names(tenant, prefix, size, page_token)
-        found = [await self._registry.find(tenant, name) for name in names]
-        infos = [live.info() for live in found if live is not None]
+        infos = [live.info() for name in names if (live := await self._registry.find(tenant, name)) is not None]
         return infos, names[-1] if len(names) == size else ""
 
     async def update(
@@ -147,9 +146,9 @@ class Lifecycle:
             live = await self._registry.open_now(state.tenant, state.session, None)
         else:
             live = await self._registry.adopt(state, now)
-        self._indexing.changed(live)
-        if not present:  # once the index is told: a sweep just before would forget what it does not know of
-            self._quotas.created(state.tenant)
+        entry = self._indexing.changed(live)
+        if not present:
+            self._quotas.created(entry)
         return live.info(), present
 
     def _check_shape(self, shape: ModelShape) -> None:

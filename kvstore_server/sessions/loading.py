@@ -26,13 +26,13 @@ def extend_resident(log: CommitLog, state: SessionState, resident: ResidentSessi
         limit = min(segment.header.end, state.owned_end(identity.session, identity.generation))
         damage = min(damages, key=lambda each: each.token_start, default=None)
         sound = limit if damage is None else min(limit, damage.token_start)
-        if sound > resident.length:
-            first, last = resident.length - begin, sound - begin
+        while sound > (length := resident.length):
+            first, last = length - begin, sound - begin
             rows = [
                 (rows_between(keys, first, last), rows_between(values, first, last))
                 for keys, values in _whole(segment, resident)
             ]
-            resident.extend(resident.length, rows, last - first)
+            resident.extend(length, rows, last - first)  # unless another loader has done so meanwhile
         if damage is not None and damage.token_start < min(limit, end):
             raise data_loss(identity, damage)
 

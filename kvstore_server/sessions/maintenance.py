@@ -4,6 +4,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from heapq import nlargest
+from itertools import chain
 from random import uniform
 from time import monotonic, time
 from uuid import uuid4
@@ -12,6 +14,7 @@ from kvstore_server.errors import KVStoreError
 from kvstore_server.metadata.index import Census, Holdings, Index, SessionEntry
 from kvstore_server.sessions.cooling import Cooling
 from kvstore_server.sessions.expiry import Expiry
+from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.quotas import Quotas
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.storage.collecting import Collector
@@ -20,9 +23,6 @@ from kvstore_server.storage.store import ObjectStore
 LOG = logging.getLogger(__name__)
 SWEEPS, COLLECTIONS_PER_GRACE = 2, 2
 """In each `sweep_seconds`, so that a census of another server is no older when it is used; in each grace."""
-INDEX_SECONDS = 0.25
-"""For which the index may not have heard of what was taken in: rather counted twice, until the next sweep, than not at
-all."""
 LARGEST = 20
 PAGE = 1_000
 
@@ -40,6 +40,7 @@ class Maintenance:
         store: ObjectStore,
         index: Index,
         registry: Registry,
+        indexing: Indexing,
         cooling: Cooling,
         expiry: Expiry,
         quotas: Quotas,
@@ -48,7 +49,7 @@ class Maintenance:
         grace_seconds: float,
     ) -> None:
         self._store, self._index, self._registry, self._expiry = store, index, registry, expiry
-        self._cooling, self._quotas = cooling, quotas
+        self._indexing, self._cooling, self._quotas = indexing, cooling, quotas
         self._sweep_seconds, self._grace_seconds = sweep_seconds, grace_seconds
         self._name = uuid4().hex
         self._tasks: set[asyncio.Task[None]] = set()
@@ -93,20 +94,21 @@ class Maintenance:
             return True
         self.census = found
         for tenant, holdings in found.tenants.items():
-            self._quotas.measured(tenant, holdings, found.age_seconds + INDEX_SECONDS)
+            self._quotas.measured(tenant, holdings, found.age_seconds)
         self._cooling.rest()
         self._expiry.rest()
         return False
 
     async def _look_at_all(self) -> Census:
-        began, tenants = monotonic(), dict[str, Holdings]()
-        largest: list[SessionEntry] = []
-        for tenant in await self._tenants():
-            listed = monotonic()
-            entries = await self._entries(tenant)
-            tenants[tenant] = Holdings.of(entries)
-            largest = sorted(largest + entries, key=lambda entry: -entry.stored_bytes)[:LARGEST]
-            self._quotas.measured(tenant, tenants[tenant], monotonic() - listed + INDEX_SECONDS)
+        """Counts first, for it must be known of a census when it was taken: the rest may take long."""
+        names, began = await self._tenants(), monotonic()
+        with suppress(KVStoreError):  # an index that takes nothing may still be read
+            await self._indexing.flush()  # so that what was taken in until then is listed
+        listed = {tenant: await self._entries(tenant) for tenant in names}
+        tenants = {tenant: Holdings.of(entries) for tenant, entries in listed.items()}
+        for tenant, entries in listed.items():
+            self._quotas.measured(tenant, tenants[tenant], monotonic() - began, entries)
+        for tenant, entries in listed.items():
             await self._cooling.sweep(tenant, entries)
             await self._expiry.sweep(tenant, entries)
         return Census(
@@ -114,7 +116,7 @@ class Maintenance:
             age_seconds=monotonic() - began,
             kept_seconds=self._sweep_seconds,
             tenants=tenants,
-            largest=tuple(largest),
+            largest=tuple(nlargest(LARGEST, chain(*listed.values()), key=lambda entry: entry.stored_bytes)),
         )
 
     async def collect_if_ours(self) -> None:

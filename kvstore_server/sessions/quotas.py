@@ -1,17 +1,17 @@
 """What each tenant may take. Every server counts what the last census told plus what it took in itself since.
 
 So servers together may go over a quota by what the others take in within one sweep, and by one append each; the rate is
-for each server.
+for each server. Counting something twice would be worse: a refusal without a reason.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import NamedTuple
 
 from kvstore_server.errors import ResourceExhausted
-from kvstore_server.metadata.index import Holdings
+from kvstore_server.metadata.index import Holdings, SessionEntry
 from kvstore_server.tenants import Quota
 
 RETRY_SECONDS = 5.0
@@ -21,6 +21,9 @@ class Added(NamedTuple):
     """By this server; `at` is of its running clock."""
 
     at: float
+    name: str
+    version: tuple[int, int]
+    """Of the session's entry since then."""
     sessions: int
     stored_bytes: int
 
@@ -48,10 +51,13 @@ class Quotas:
         self._quota_of, self._remembered_seconds, self._clock = quota_of, remembered_seconds, clock
         self._usage: dict[str, Usage] = {}
 
-    def measured(self, tenant: str, found: Holdings, age_seconds: float = 0.0) -> None:
-        """All sessions of the tenant, as the index had them so long ago."""
+    def measured(
+        self, tenant: str, found: Holdings, age_seconds: float = 0.0, listed: Iterable[SessionEntry] = ()
+    ) -> None:
+        """All sessions of the tenant, as the index had them so long ago or, if they are `listed`, since."""
         usage, since = self._of(tenant), self._clock() - age_seconds
-        added = [each for each in usage.added if each.at > since]
+        versions = {entry.name: entry.version for entry in listed}
+        added = [each for each in usage.added if each.at > since and versions.get(each.name, (-1, 0)) < each.version]
         usage.sessions = found.sessions + sum(each.sessions for each in added)
         usage.stored_bytes = found.stored_bytes + sum(each.stored_bytes for each in added)
 
@@ -77,22 +83,24 @@ class Quotas:
             return ResourceExhausted("QUOTA", text, debt / rate, quota="append_bytes_per_second_max", limit=rate)
         return None
 
-    def created(self, tenant: str) -> None:
-        self._add(tenant, sessions=1)
+    def created(self, entry: SessionEntry) -> None:
+        """A session, and what the index is told of it."""
+        self._add(entry, sessions=1)
 
     def received(self, tenant: str, sent_bytes: int) -> None:
         """An append of so many bytes was admitted."""
         if self._quota_of(tenant).append_bytes_per_second_max is not None:
             self._of(tenant).rate_debt_bytes += sent_bytes
 
-    def stored(self, tenant: str, stored_bytes: int) -> None:
-        self._add(tenant, stored_bytes=stored_bytes)
+    def stored(self, entry: SessionEntry, stored_bytes: int) -> None:
+        """So much of a session, and what the index is told of it now."""
+        self._add(entry, stored_bytes=stored_bytes)
 
-    def _add(self, tenant: str, *, sessions: int = 0, stored_bytes: int = 0) -> None:
-        usage, now = self._of(tenant), self._clock()
+    def _add(self, entry: SessionEntry, *, sessions: int = 0, stored_bytes: int = 0) -> None:
+        usage, now = self._of(entry.tenant), self._clock()
         usage.sessions += sessions
         usage.stored_bytes += stored_bytes
-        usage.added.append(Added(now, sessions, stored_bytes))
+        usage.added.append(Added(now, entry.name, entry.version, sessions, stored_bytes))
         while usage.added[0].at < now - self._remembered_seconds:
             usage.added.popleft()
 

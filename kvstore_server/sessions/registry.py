@@ -67,7 +67,8 @@ class Registry:
             live = live if await self._refreshed(tenant, live) else None
         if live is None:
             self.forget(tenant, name)
-            live = await self._from_store(tenant, name)
+            return await self._from_store(tenant, name)
+        await self.ensure_fit(live)  # another call may have found it and be about to read it
         return live
 
     async def open(self, tenant: str, name: str, generation: str | None, *, to_read: bool = False) -> LiveSession:

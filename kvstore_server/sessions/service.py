@@ -69,16 +69,14 @@ class SessionService:
         self._freshness = Freshness(index, self.registry)
         self.expiry = Expiry(self.registry, self._indexing)
         quotas = Quotas(settings.quota_of, 2 * settings.sweep_seconds)  # a census is taken in one, and kept for one
+        seconds = settings.sweep_seconds
         cooling = Cooling(
-            store,
-            self.registry,
-            self._indexing,
-            settings.downgrade,
-            settings.merge,
-            sweep_seconds=settings.sweep_seconds,
+            store, self.registry, self._indexing, settings.downgrade, settings.merge, sweep_seconds=seconds
         )
-        times = {"sweep_seconds": settings.sweep_seconds, "grace_seconds": grace}
-        self.maintenance = Maintenance(store, index, self.registry, cooling, self.expiry, quotas, **times)
+        times = {"sweep_seconds": seconds, "grace_seconds": grace}
+        self.maintenance = Maintenance(
+            store, index, self.registry, self._indexing, cooling, self.expiry, quotas, **times
+        )
         self.merging = Merging(store, self.registry, self._indexing, settings.merge, **times)
         self.prefixes = Prefixes(self.registry, index, self.limits, grace)
         self.lifecycle = Lifecycle(

@@ -1,15 +1,17 @@
 """The server's side of Attend streams, as a test wants it."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 from grpc import aio
 
+from kvstore_client import AsyncKVStoreClient, Session
 from kvstore_client.tensors import from_proto
 from kvstore_proto.v1 import kvstore_pb2 as pb
 
 from . import inputs
-from .scripted import Failure, fail
+from .scripted import Failure, ScriptedServer, fail
 
 Replies = Iterable[pb.AttendResponse | Failure | None]
 
@@ -60,6 +62,17 @@ def answer(step: pb.AttendStep) -> pb.AttendResponse:
 
 def error(step: pb.AttendStep, failure: Failure) -> pb.AttendResponse:
     return pb.AttendResponse(request_id=step.request_id, error=failure.status())
+
+
+async def opened(server: ScriptedServer, client: AsyncKVStoreClient, name: str, **more: object) -> Session:
+    server.will("GetSession", pb.GetSessionResponse(session=inputs.session(name, **more)))  # type: ignore[arg-type]
+    return await client.open_session(name)
+
+
+async def until(condition) -> None:  # type: ignore[no-untyped-def]
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
 
 
 GOING_AWAY = pb.AttendResponse(going_away=pb.AttendGoingAway())

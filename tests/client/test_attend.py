@@ -20,28 +20,9 @@ from kvstore_client import (
 from kvstore_client.tensors import from_proto, to_proto
 from kvstore_proto.v1 import kvstore_pb2 as pb
 
-from . import inputs
-from .attending import GOING_AWAY, Attending, answer, bound, error
+from .attending import GOING_AWAY, Attending, answer, bound, error, opened, until
 from .inputs import AppendLog, block, query
 from .scripted import Failure, ScriptedServer
-
-
-@pytest.fixture
-def attending(server: ScriptedServer) -> Attending:
-    attending = Attending()
-    server.always("Attend", attending)
-    return attending
-
-
-async def opened(server: ScriptedServer, client: AsyncKVStoreClient, name: str, **more: object) -> Session:
-    server.will("GetSession", pb.GetSessionResponse(session=inputs.session(name, **more)))  # type: ignore[arg-type]
-    return await client.open_session(name)
-
-
-async def until(condition) -> None:  # type: ignore[no-untyped-def]
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
 
 
 async def test_a_step_binds_its_session_once_and_names_its_end(session: Session, attending: Attending):

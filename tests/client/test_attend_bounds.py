@@ -12,28 +12,9 @@ from kvstore_client import (
 )
 from kvstore_proto.v1 import kvstore_pb2 as pb
 
-from . import inputs
-from .attending import Attending, answer, bound
+from .attending import Attending, answer, bound, opened, until
 from .inputs import query
 from .scripted import ScriptedServer
-
-
-@pytest.fixture
-def attending(server: ScriptedServer) -> Attending:
-    attending = Attending()
-    server.always("Attend", attending)
-    return attending
-
-
-async def opened(server: ScriptedServer, client: AsyncKVStoreClient, name: str, **more: object) -> Session:
-    server.will("GetSession", pb.GetSessionResponse(session=inputs.session(name, **more)))  # type: ignore[arg-type]
-    return await client.open_session(name)
-
-
-async def until(condition) -> None:  # type: ignore[no-untyped-def]
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
 
 
 async def test_no_more_steps_are_in_flight_than_a_server_takes(session: Session, attending: Attending):

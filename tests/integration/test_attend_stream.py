@@ -1,6 +1,7 @@
 """The Attend stream over the wire: binds, steps in any order, errors that stay with their step, drain."""
 
 import asyncio
+import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from kvstore_client import AsyncKVStoreClient
 from kvstore_codecs.spec import RAW, ModelShape
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_proto.v1.kvstore_pb2_grpc import KVStoreServiceStub
+from kvstore_proto.varint import varint
 from kvstore_server.app import Server
 from kvstore_server.rpc.attend_stream import AttendStream
 
@@ -177,3 +179,17 @@ async def test_bytes_that_are_no_message_are_an_invalid_argument(server: Server)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await garbage(b"\xff\xff\xff")
     assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_nothing_is_kept_of_fields_that_no_version_knows(call: Any) -> None:
+    await ask(call, bind(1, "a"))
+    size, steps = 1 << 20, 20
+    tracemalloc.start()
+    try:
+        for number in range(steps):
+            unknown = bytes([15 << 3 | 2]) + varint(size) + bytes([number]) * size
+            answer = await ask(call, step(number, (1, 8, 1), precision=pb.Precision.FromString(unknown)))
+            assert answer.WhichOneof("body") == "result"
+        assert tracemalloc.get_traced_memory()[0] < steps * size / 4
+    finally:
+        tracemalloc.stop()

@@ -1,5 +1,7 @@
 import gc
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +119,32 @@ def test_sketched_values_beside_raw_keys_come_as_rows() -> None:
     resident, (device, _) = session(300, spec), memory()
     block = check(device, resident, 300)[-1]
     assert isinstance(block.values, SignRows)
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_rows_that_could_not_be_brought_are_brought_by_the_next_query(
+    monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """As when the device has no memory left for a copy of them. Both kinds are uploaded and packed."""
+    resident, (device, paging), calls = session(300), memory(), list[int]()
+    check(device, resident, 300)
+    grow(resident, 400)
+
+    def fails_once(do: Callable[..., Any]) -> Callable[..., Any]:
+        def done(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == call + 1:
+                raise torch.OutOfMemoryError
+            return do(*args, **kwargs)
+
+        return done
+
+    for name in ("upload", "pack"):
+        monkeypatch.setattr(paging, name, fails_once(getattr(paging, name)))
+    with pytest.raises(torch.OutOfMemoryError):
+        check(device, resident, 700)
+    check(device, resident, 700)
+    check(device, resident, 300)
 
 
 def test_the_least_recently_used_session_leaves_for_a_new_one() -> None:

@@ -1,6 +1,7 @@
 """What a client of a stream is sent: in its order, each place given back once, and never to one that does not read."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -54,6 +55,24 @@ async def test_a_client_that_does_not_read_ends_it_and_every_place_is_given_back
     outbox.close()
     await asyncio.sleep(0)
     assert sorted(map(int, filter(None, taken))) == [1, 2, 3]
+
+
+async def test_a_client_is_not_slow_for_what_was_not_written_yet() -> None:
+    client, taken = Client(), list[int | None]()
+    outbox = outbox_of(client, taken)
+    outbox.put(b"first")
+    await outbox.flush()
+
+    def late() -> None:
+        time.sleep(0.12)
+        asyncio.get_running_loop().call_soon(outbox.put, b"second")  # in the turn in which the first's watch is due
+
+    asyncio.get_running_loop().call_soon(late)
+    await asyncio.sleep(0.05)
+    assert not outbox.ended.done()
+    await outbox.flush()
+    assert client.sent == [b"first", b"second"]
+    outbox.close()
 
 
 async def test_a_message_that_may_not_go_out_ends_it() -> None:

@@ -318,6 +318,26 @@ async def test_the_late_and_the_cancelled_are_not_launched_with_the_next(engine:
     assert device.launched[2][0] == [4]
 
 
+@pytest.mark.parametrize("how", ["cancelled", "fails"])
+async def test_what_waits_behind_others_that_come_to_nothing_is_not_left_alone(engine: Engine, how: str) -> None:
+    def broken(_: list[int]) -> None:
+        raise ZeroDivisionError
+
+    device = Replaying()
+    ahead = [ask(engine, device, item) for item in range(2)]
+    nothing = [engine.run_together(name, 0, device.work, soon(), broken) for name in ("key", "a")]
+    last = engine.run_together("b", 7, device.work, soon(), device.at_once)
+    if how == "cancelled":
+        for each in nothing:
+            each.cancel()
+    for _ in ahead:
+        device.finish()
+    assert await asyncio.gather(*ahead) == [0, 1]
+    assert await asyncio.wait_for(last, 5) == 7
+    if how == "fails":
+        assert [type(each.exception()) for each in nothing] == [ZeroDivisionError] * 2
+
+
 async def test_who_is_told_hears_once_or_never_and_disturbs_nobody(engine: Engine) -> None:
     device, heard, loop = Replaying(), list[object](), asyncio.get_running_loop()
     failures = list[dict[str, object]]()

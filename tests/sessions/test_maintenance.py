@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
@@ -12,6 +13,7 @@ from kvstore_server.limits import Limits
 from kvstore_server.metadata import memory
 from kvstore_server.metadata.index import SessionEntry
 from kvstore_server.metadata.memory import MemoryIndex
+from kvstore_server.sessions import maintenance
 from kvstore_server.sessions.cooling import Cooling
 from kvstore_server.sessions.expiry import OBSERVED_SECONDS, Expiry
 from kvstore_server.sessions.indexing import Indexing
@@ -21,6 +23,7 @@ from kvstore_server.sessions.quotas import Quotas
 from kvstore_server.sessions.registry import Registry
 from kvstore_server.tenants import Quota
 
+from ..metadata.entries import entry
 from ..storage.inputs import SHAPE, SPEC, TENANT
 from ..storage.memory_store import MemoryStore
 
@@ -62,29 +65,34 @@ class Server:
         self.expiry = Expiry(self.registry, self.indexing, clock, clock)
         self.quotas = Quotas(lambda _: Quota(sessions_max=SESSIONS_MAX), 2 * SWEEP_SECONDS, clock)
         parts = (store, self.registry, self.indexing, Downgrade(), Merge())
-        cooling = Cooling(*parts, sweep_seconds=SWEEP_SECONDS, clock=clock)
-        what = (store, index, self.registry, cooling, self.expiry, self.quotas)
+        self.cooling = Cooling(*parts, sweep_seconds=SWEEP_SECONDS, clock=clock)
+        what = (store, index, self.registry, self.indexing, self.cooling, self.expiry, self.quotas)
         self.maintenance = Maintenance(*what, sweep_seconds=SWEEP_SECONDS, grace_seconds=3600.0)
         self.sweep = self.maintenance.sweep
 
     async def create(self, name: str, ttl_seconds: float | None = None) -> None:
-        self.registry.log(TENANT).create(name, SHAPE, SPEC, ttl_seconds=ttl_seconds, pinned=False)
-        self.indexing.changed(await self.registry.open(TENANT, name, None))
+        await self.begin(name, ttl_seconds)
         await self.indexing.flush()
+
+    async def begin(self, name: str, ttl_seconds: float | None = None) -> None:
+        """The index has not heard of it."""
+        self.registry.log(TENANT).create(name, SHAPE, SPEC, ttl_seconds=ttl_seconds, pinned=False)
+        self.quotas.created(self.indexing.changed(await self.registry.open(TENANT, name, None)))
 
     def room(self) -> int:
         """So many sessions more it would let the tenant create."""
         for count in range(SESSIONS_MAX + 1):
             if self.quotas.session_refusal(TENANT):
                 return count
-            self.quotas.created(TENANT)
+            self.quotas.created(entry(f"room{count}", tenant=TENANT))
         raise AssertionError("no end")
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(memory, "monotonic", clock)
+    for module in (memory, maintenance):
+        monkeypatch.setattr(module, "monotonic", clock)
     return clock
 
 
@@ -180,6 +188,19 @@ async def test_without_the_index_nobody_sweeps_and_then_one_does(
     assert await rounds([each.sweep for each in reversed(servers)], clock, 1) == [True, False, False]
 
 
+async def test_an_index_that_takes_no_more_does_not_keep_sessions_from_their_end(
+    servers: list[Server], index: CountingIndex, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = servers[0]
+    await first.create("a", TTL_SECONDS)
+    monkeypatch.setattr(index, "put", AsyncMock(side_effect=Unavailable("INDEX_UNAVAILABLE", "it is full")))
+    await first.begin("b")
+    for seconds in (TTL_SECONDS + 1, OBSERVED_SECONDS):
+        clock.now += seconds
+        assert await first.sweep()
+    assert not await first.registry.find(TENANT, "a")
+
+
 async def test_what_a_server_saw_before_another_swept_ends_nothing(servers: list[Server], clock: Clock) -> None:
     first, second, _ = servers
     await first.create("a", TTL_SECONDS)
@@ -217,15 +238,56 @@ async def test_a_quota_counts_what_another_server_found_and_what_came_in_since(
     servers: list[Server], clock: Clock
 ) -> None:
     first, second, _ = servers
-    second.quotas.created(TENANT)  # and the index has it
     await second.create("new")
     clock.now += 1
     assert await first.sweep()
     clock.now += 1
-    second.quotas.created(TENANT)  # which that census cannot know
+    await second.create("newer")  # which that census cannot know
     clock.now += 1
     assert not await second.sweep()
     assert second.room() == SESSIONS_MAX - SESSIONS - 2
+
+
+async def test_a_quota_counts_once_what_came_in_while_another_server_had_more_to_do_than_count(
+    servers: list[Server], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, _ = servers
+    sweep = first.cooling.sweep
+
+    async def slow(tenant: str, entries: Sequence[SessionEntry]) -> int:
+        clock.now += SWEEP_SECONDS / 4
+        if tenant == "another":
+            await second.create("new")
+        return await sweep(tenant, entries)
+
+    for name in ("another", "zebra"):
+        first.registry.log(name).create("s", SHAPE, SPEC)
+    monkeypatch.setattr(first.cooling, "sweep", slow)
+    await second.create("before")
+    assert await first.sweep()
+    assert not await second.sweep()
+    assert second.room() == SESSIONS_MAX - SESSIONS - 2
+
+
+@pytest.mark.parametrize("told", ["before", "meanwhile", "after"])
+async def test_a_quota_counts_a_session_once_whenever_the_index_hears_of_it(
+    servers: list[Server], index: CountingIndex, clock: Clock, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    server, list_page = servers[0], index.list
+
+    async def list_meanwhile(*args: Any, **kwargs: Any) -> list[SessionEntry]:
+        if not index.lists and told != "before":
+            clock.now += 0.001
+            await server.begin("new")
+            if told == "meanwhile":
+                await server.indexing.flush()
+        return await list_page(*args, **kwargs)
+
+    monkeypatch.setattr(index, "list", list_meanwhile)
+    if told == "before":
+        await server.begin("new")
+    assert await server.sweep()
+    assert server.room() == SESSIONS_MAX - SESSIONS - 1
 
 
 async def test_only_the_one_that_sweeps_collects_garbage(
