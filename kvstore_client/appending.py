@@ -13,7 +13,7 @@ from kvstore_client.info import SessionInfo, session_from
 from kvstore_client.link import Link
 from kvstore_client.rpcs import APPEND, GET_SESSION
 from kvstore_client.token_chain import TokenChain
-from kvstore_client.wire import Frame, encode_append
+from kvstore_client.wire import Frame
 from kvstore_proto.v1 import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
@@ -130,11 +130,11 @@ class Appender:
                 self._sketcher = sketcher = None
             if sketcher is not None:
                 async with self._encoding:
-                    size, messages = await asyncio.to_thread(_messages, sketcher, piece, start)
-                header = self._header(piece, start, size, way.chain)
+                    frames = await asyncio.to_thread(sketcher.encode, piece, start)
+                header = self._header(piece, start, sum(frame.data.nbytes for frame in frames), way.chain)
                 header.encoding, header.fit_fingerprint = pb.ENCODING_SKETCH, sketcher.plan.fingerprint
                 try:
-                    await self._upload(header, messages, way.timeout, turn)
+                    await self._upload(header, frames, way.timeout, turn)
                 except FailedPrecondition:
                     self._sketcher = None
                 except AlreadyExists:
@@ -174,17 +174,11 @@ class Appender:
             block_tokens=chain.block_tokens if chain else 0,
         )
 
-    async def _upload(self, header: pb.AppendHeader, body: Block | list[bytes], timeout: float, turn: "Turn") -> None:
-        def requests() -> Iterator[pb.AppendHeader | Frame | bytes]:
+    async def _upload(self, header: pb.AppendHeader, body: Block | list[Frame], timeout: float, turn: "Turn") -> None:
+        def requests() -> Iterator[pb.AppendHeader | Frame]:
             yield header
             yield from raw_frames(body) if isinstance(body, Block) else body
             turn.sent.set()
 
         await turn.after.wait()
         await self._link.upload(APPEND, requests, timeout=timeout, affinity=self._info.affinity)
-
-
-def _messages(sketcher: "Sketcher", piece: Block, start: int) -> tuple[int, list[bytes]]:
-    """Bytes of data, and the messages that carry them: made apart from the loop that sends those before."""
-    frames = sketcher.encode(piece, start)
-    return sum(frame.data.nbytes for frame in frames), [encode_append(frame) for frame in frames]

@@ -1,18 +1,20 @@
 """Stored rows brought here: decoded to vectors, or packed as they are."""
 
-from collections import defaultdict
-from collections.abc import AsyncIterable, Sequence
-from dataclasses import dataclass, field
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterable, Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from kvstore_client.answers import FINEST, Precision, Sketches
+from kvstore_client.arriving import Rows
 from kvstore_client.errors import Internal, invalid
 from kvstore_client.info import SessionInfo
 from kvstore_client.link import Link
 from kvstore_client.rpcs import FETCH, GET_PROJECTION
-from kvstore_client.tensors import TO_PROTO, from_proto
+from kvstore_client.tensors import FROM_PROTO, TO_PROTO, from_proto
+from kvstore_client.wire import Part
 from kvstore_codecs.plan import Fit
 from kvstore_codecs.sketch import KindRows
 from kvstore_codecs.spec import KINDS, Kind
@@ -21,6 +23,10 @@ from kvstore_kernels.types import Signs, as_torch_dtype
 from kvstore_proto.v1 import kvstore_pb2 as pb
 
 KIND_NAMES: dict[int, Kind] = {pb.KIND_KEYS: "keys", pb.KIND_VALUES: "values"}
+COPY_APART_BYTES = 256 << 10
+"""From here on another thread copies a part: shorter ones cost less than the switch."""
+COPIES_MAX = 4
+"""At a time: to write memory for the first time takes one thread longer than the part needs to come."""
 
 
 async def fetch_vectors(
@@ -41,10 +47,19 @@ async def fetch_vectors(
     request = _request(info, layers, start, end)
     request.decoded, request.dtype = True, TO_PROTO[dtype]
     request.precision.CopyFrom(precision.to_proto())
-    found = await link.download(FETCH, request, _collect, timeout=timeout, affinity=info.affinity)
-    size = (end - start, info.shape.kv_heads, info.shape.head_dim)
-    keys, values = (torch.stack([found.rows(layer, kind, start, size, dtype) for layer in layers]) for kind in KINDS)
-    return keys, values
+    size = (len(layers), end - start, info.shape.kv_heads, info.shape.head_dim)
+
+    async def collect(replies: AsyncIterable[pb.FetchHeader | Part]) -> tuple[Tensor, Tensor]:
+        found, both = _Found(info, start, end), (torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype))
+        for kind, whole in zip(KINDS, both, strict=True):
+            for layer, own in zip(layers, whole, strict=True):
+                found.rows[layer, kind, pb.PART_ROWS] = Rows(start, own, len(own))
+        await _collect(replies, found)
+        if missing := [key for key, rows in found.rows.items() if rows.count != end - start]:
+            raise Internal(f"of {missing[0]} {found.rows[missing[0]].count} rows came, not {end - start}")
+        return both
+
+    return await link.download(FETCH, request, collect, timeout=timeout, affinity=info.affinity)
 
 
 async def fetch_sketches(
@@ -52,12 +67,15 @@ async def fetch_sketches(
 ) -> Sketches:
     """What is stored of positions [start, end), with the fit that reads it."""
     request = _request(info, layers, start, end)
-    found = await link.download(FETCH, request, _collect, timeout=timeout, affinity=info.affinity)
-    header = found.header
-    parts: dict[tuple[int, Kind], KindRows] = {
-        (layer, kind): found.sketch(layer, kind, start, end, info) for layer in layers for kind in KINDS
-    }
-    return Sketches(start, end, header.session.exact_end, _fit_of(found), parts)
+
+    async def collect(replies: AsyncIterable[pb.FetchHeader | Part]) -> Sketches:
+        found = await _collect(replies, _Found(info, start, end))
+        parts: dict[tuple[int, Kind], KindRows] = {
+            (layer, kind): found.sketch(layer, kind) for layer in layers for kind in KINDS
+        }
+        return Sketches(start, end, found.header.session.exact_end, _fit_of(found), parts)
+
+    return await link.download(FETCH, request, collect, timeout=timeout, affinity=info.affinity)
 
 
 async def fetch_projection(link: Link, sha256: str, timeout: float) -> bytes:
@@ -89,38 +107,53 @@ def _fit_of(found: "_Found") -> Fit | None:
     )
 
 
-@dataclass
 class _Found:
-    """The parts of one Fetch: (layer, kind, part) to (first position, tensor), in order."""
+    """What one Fetch of [start, end) brought: the rows of each (layer, kind, part)."""
 
-    header: pb.FetchHeader = field(default_factory=pb.FetchHeader)
-    parts: dict[tuple[int, Kind, int], list[tuple[int, Tensor]]] = field(default_factory=lambda: defaultdict(list))
+    def __init__(self, info: SessionInfo, start: int, end: int) -> None:
+        self.header = pb.FetchHeader()
+        self.rows: dict[tuple[int, Kind, int], Rows] = {}
+        self._info, self._start, self._end = info, start, end
 
-    def rows(self, layer: int, kind: Kind, start: int, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        found = self.joined(layer, kind, pb.PART_ROWS, start)
-        if found is None:
-            found = torch.empty((0, *size[1:]), dtype=dtype)
-        if tuple(found.shape) != size or found.dtype != dtype:
-            raise Internal(f"layer {layer} {kind}: {list(found.shape)} {found.dtype} came, not {list(size)} {dtype}")
-        return found
+    def take(self, part: Part) -> Callable[[], None]:
+        """Gives a part its place; what it returns brings it there. Internal if it has none."""
+        head, tensor = part.head, part.tensor
+        dtype, shape = FROM_PROTO.get(tensor.dtype), tuple(tensor.shape)
+        if dtype is None or not shape:
+            raise Internal(f"the server sent a tensor of dtype {tensor.dtype} and shape {list(shape)}")
+        key = head.layer, KIND_NAMES[head.kind], head.part
+        if key not in self.rows:
+            room, most = self._room(head, shape[0])
+            self.rows[key] = Rows(head.token_start, torch.empty((room, *shape[1:]), dtype=dtype), most)
+        return self.rows[key].place(head.token_start, shape, dtype, part.data)
 
-    def sketch(self, layer: int, kind: Kind, start: int, end: int, info: SessionInfo) -> KindRows:
-        heads, width = info.shape.kv_heads, info.shape.head_dim
-        rows = self.joined(layer, kind, pb.PART_ROWS, start)
+    def _room(self, head: pb.FetchPart, count: int) -> tuple[int, int]:
+        """For how many rows of a part there is to be room, of which `count` come first, and how many it may have."""
+        if head.part in (pb.PART_BASIS, pb.PART_WEIGHTS):
+            return (heads := self._info.shape.kv_heads), heads
+        most = max(0, self._end - head.token_start)
+        exact = self.header.session.exact_end - head.token_start
+        return exact if head.part == pb.PART_ROWS and count <= exact < most else most, most
+
+    def sketch(self, layer: int, kind: Kind) -> KindRows:
+        shape = self._info.shape
+        rows = self.joined(layer, kind, pb.PART_ROWS, self._start)
         if rows is None:
-            rows = torch.empty((0, heads, width), dtype=as_torch_dtype(info.shape.dtype))
-        exact = rows.shape[0]
-        words = self.joined(layer, kind, pb.PART_WORDS, start + exact)
-        scales = self.joined(layer, kind, pb.PART_SCALES, start + exact)
+            rows = torch.empty((0, shape.kv_heads, shape.head_dim), dtype=as_torch_dtype(shape.dtype))
+        border, tokens = self._start + rows.shape[0], self._end - self._start
+        words = self.joined(layer, kind, pb.PART_WORDS, border)
+        scales = self.joined(layer, kind, pb.PART_SCALES, border)
         signs = None if words is None or scales is None else Signs(words, scales)
         sketched = 0 if signs is None else signs.words.shape[0]
-        if exact + sketched != end - start or (signs is not None and signs.scales.shape[0] != sketched):
-            raise Internal(f"layer {layer} {kind}: {exact} rows and {sketched} sketches came for {end - start} tokens")
+        if border + sketched != self._end or (signs is not None and signs.scales.shape[0] != sketched):
+            raise Internal(
+                f"layer {layer} {kind}: {rows.shape[0]} rows and {sketched} sketches came for {tokens} tokens"
+            )
         return KindRows(rows, signs)
 
     def basis(self, kind: Kind) -> Basis | None:
         """The bases that came, in order of their layers."""
-        layers = sorted(layer for layer, of_kind, part in self.parts if of_kind == kind and part == pb.PART_BASIS)
+        layers = sorted(layer for layer, of_kind, part in self.rows if of_kind == kind and part == pb.PART_BASIS)
         parts = [[self.joined(layer, kind, part, 0) for layer in layers] for part in (pb.PART_BASIS, pb.PART_WEIGHTS)]
         matrix, weights = ([tensor for tensor in each if tensor is not None] for each in parts)
         if not len(matrix) == len(weights) == len(layers):
@@ -128,23 +161,26 @@ class _Found:
         return Basis(torch.stack(matrix), torch.stack(weights)) if layers else None
 
     def joined(self, layer: int, kind: Kind, part: int, start: int) -> Tensor | None:
-        """One part's tensors end to end; None if none came. Internal if they do not follow each other from `start`."""
-        pieces = self.parts.get((layer, kind, part), [])
-        for first, tensor in pieces:
-            if first != start:
-                raise Internal(f"layer {layer} {kind}: a part starts at {first}, not {start}")
-            start += tensor.shape[0]
-        tensors = [tensor for _, tensor in pieces]
-        return None if not tensors else tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        """One part's rows; None if none came. Internal if they do not begin at `start`."""
+        rows = self.rows.get((layer, kind, part))
+        if rows is not None and rows.first != start:
+            raise Internal(f"layer {layer} {kind}: a part starts at {rows.first}, not {start}")
+        return None if rows is None else rows.tensor()
 
 
-async def _collect(replies: AsyncIterable[pb.FetchResponse]) -> _Found:
-    found = _Found()
+async def _collect(replies: AsyncIterable[pb.FetchHeader | Part], found: _Found) -> _Found:
+    """While large parts are brought to their places the next may come."""
+    copies = deque[asyncio.Future[None]]()
     async for reply in replies:
-        if reply.WhichOneof("body") == "header":
-            found.header = reply.header
-        else:
-            part = reply.part
-            key = part.layer, KIND_NAMES[part.kind], part.part
-            found.parts[key].append((part.token_start, from_proto(part.tensor)))
+        if isinstance(reply, pb.FetchHeader):
+            found.header = reply
+            continue
+        copy = found.take(reply)
+        if len(reply.data) < COPY_APART_BYTES:
+            copy()
+            continue
+        if len(copies) == COPIES_MAX:
+            await copies.popleft()
+        copies.append(asyncio.get_running_loop().run_in_executor(None, copy))
+    await asyncio.gather(*copies)
     return found

@@ -83,6 +83,10 @@ class ChannelOptions:
             ("grpc.max_reconnect_backoff_ms", int(self.reconnect_seconds_max * 1000)),
             ("grpc.primary_user_agent", f"remote-kv-store-python/{_version()}"),
             ("grpc.enable_retries", 0),
+            # As the server has it: what comes meanwhile is kept, two messages of a Fetch. With the size that gRPC finds
+            # by itself they wait for one another.
+            ("grpc.http2.lookahead_bytes", 4 << 20),
+            ("grpc.http2.bdp_probe", 0),
         ]
 
 

@@ -27,7 +27,7 @@ MESSAGE_BYTES = 2 << 20
 HOST_BYTES = 16 << 30
 PINGS = 3000
 REPEATS = 3
-"""Of appends, whose median counts: a disk's fsync now and then takes long."""
+"""Of appends and fetches, whose median counts: a disk's fsync now and then takes long."""
 WARM_PINGS = 200
 
 
@@ -76,6 +76,7 @@ class ServiceBench:
     def __init__(self, plan: Plan, client: KVStoreClient, target: str, echo: str, console: Console) -> None:
         self._plan, self._client, self._target, self._echo, self._console = plan, client, target, echo, console
         self.found: list[Measurement] = []
+        self._upload = 0.0
         self._processes = max(1, min(8, (os.cpu_count() or 2) // 2))
 
     def run(self) -> None:
@@ -103,6 +104,7 @@ class ServiceBench:
         text = f"{plan.tokens:,} tokens x {plan.layers} layers, {size / 1e9:.2f} GB of fp16"
         messages = max(1, size // MESSAGE_BYTES)
         upload = messages * MESSAGE_BYTES / asyncio.run(upload_seconds(self._echo, os.urandom(MESSAGE_BYTES), messages))
+        self._upload = upload
         self._add("plain upload", f"{messages} x 2 MiB", upload / 1e9, "GB/s")
         shared = self._client.create_session("shared", shape, SPEC)
         self._add("append, a server's first", text, self._timed(lambda: shared.append(k, v), size) / 1e9, "GB/s")
@@ -185,10 +187,14 @@ class ServiceBench:
 
     def _fetch(self, shared: SyncSession) -> None:
         size = self._plan.tokens * self._plan.shape.raw_bytes_per_token
-        packed = self._timed(shared.fetch_sketches, size)
+        stored = shared.info().stored_bytes
+        packed = median(self._timed(shared.fetch_sketches, size) for _ in range(REPEATS))
+        share = packed * stored / size / self._upload
         self._add("fetch", "packed sketches, GB of fp16 that they stand for", packed / 1e9, "GB/s")
-        decoded = self._timed(shared.fetch, size)
-        self._add("fetch", "decoded to fp16", decoded / 1e9, "GB/s")
+        self._add("fetch", "the same, GB that are stored", packed * stored / size / 1e9, "GB/s", share, "plain upload")
+        shared.fetch()  # the first compiles
+        decoded = median(self._timed(shared.fetch, size) for _ in range(REPEATS))
+        self._add("fetch", "decoded to fp16", decoded / 1e9, "GB/s", decoded / self._upload, "plain upload")
 
 
 async def _pings(ask: Callable[[], Awaitable[object]]) -> tuple[float, float]:

@@ -6,23 +6,21 @@ The fields are those that protobuf would write, in its order; what steps have in
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
-from math import prod
 
 import torch
 
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_proto.varint import varint
-from kvstore_server.rpc.convert import DTYPE_NUMBERS, LSE_FACTORS, fill_fidelity
+from kvstore_server.rpc.convert import LSE_FACTORS, fill_fidelity, tensor_head
 from kvstore_server.sessions.model import AttendAnswer, Fidelity
 
 _ID = bytes([pb.AttendResponse.REQUEST_ID_FIELD_NUMBER << 3])
-_RESULT, _OUT, _LSE, _DATA = (
+_RESULT, _OUT, _LSE = (
     bytes([number << 3 | 2])
     for number in (
         pb.AttendResponse.RESULT_FIELD_NUMBER,
         pb.AttendResult.OUT_FIELD_NUMBER,
         pb.AttendResult.LSE_FIELD_NUMBER,
-        pb.Tensor.DATA_FIELD_NUMBER,
     )
 )
 _DOUBLE = struct.Struct("<d")
@@ -34,9 +32,9 @@ _KINDS_MAX = 1024
 def encode_attended(request_id: int, answers: Sequence[AttendAnswer], lse_base: pb.LseBase.ValueType) -> bytes:
     """The AttendResponse of a step: the rows of its items, in their order."""
     rows, first, factor = sum([len(answer.lse.array) for answer in answers]), answers[0], LSE_FACTORS[lse_base]
-    parts = [_head(_OUT, first.out.dtype, (rows, *first.out.array.shape[1:]))]
+    parts = [tensor_head(_OUT, first.out.dtype, (rows, *first.out.array.shape[1:]))]
     parts += [answer.out.array.tobytes() for answer in answers]
-    parts.append(_head(_LSE, torch.float32, (rows, *first.lse.array.shape[1:])))
+    parts.append(tensor_head(_LSE, torch.float32, (rows, *first.lse.array.shape[1:])))
     parts += [(answer.lse.array if factor == 1 else answer.lse.array * factor).tobytes() for answer in answers]
     parts.append(_units(lse_base))
     for answer in answers:
@@ -44,14 +42,6 @@ def encode_attended(request_id: int, answers: Sequence[AttendAnswer], lse_base: 
         before, after = _item(answer.generation, answer.length, *worth)
         parts += (before, _DOUBLE.pack(error), after)
     return b"".join((_ID, varint(request_id), _RESULT, varint(sum(map(len, parts))), *parts))
-
-
-@lru_cache(_KINDS_MAX)
-def _head(tag: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
-    """A Tensor field up to its data."""
-    size = prod(shape) * dtype.itemsize
-    head = pb.Tensor(dtype=DTYPE_NUMBERS[dtype], shape=shape).SerializeToString() + _DATA + varint(size)
-    return tag + varint(len(head) + size) + head
 
 
 @lru_cache(_KINDS_MAX)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from math import prod
 from typing import Literal, TypeVar
 
@@ -14,6 +15,7 @@ from kvstore_codecs.spec import CodecSpec, Kind, ModelShape
 from kvstore_kernels import as_torch_dtype
 from kvstore_kernels.host import HostArray
 from kvstore_proto.v1 import kvstore_pb2 as pb
+from kvstore_proto.varint import varint
 from kvstore_server.errors import InvalidArgument
 from kvstore_server.rpc.append_messages import CutFrame
 from kvstore_server.sessions.assembly import AppendHeader, Encoding, Frame
@@ -21,6 +23,7 @@ from kvstore_server.sessions.model import FetchedPart, Fidelity, Precision, Sess
 from kvstore_server.storage.geometry import Part
 
 T = TypeVar("T")
+_DATA = bytes([pb.Tensor.DATA_FIELD_NUMBER << 3 | 2])
 
 DTYPES: dict[int, torch.dtype] = {
     pb.DTYPE_FLOAT32: torch.float32,
@@ -104,6 +107,14 @@ def check_finite(host: HostArray, field: str) -> None:
 def tensor_to(tensor: Tensor) -> pb.Tensor:
     data = HostArray.of(tensor).array.tobytes()
     return pb.Tensor(dtype=DTYPE_NUMBERS[tensor.dtype], shape=tensor.shape, data=data)
+
+
+@lru_cache(1024)
+def tensor_head(tag: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
+    """The bytes of a Tensor field up to its data."""
+    size = prod(shape) * dtype.itemsize
+    head = pb.Tensor(dtype=DTYPE_NUMBERS[dtype], shape=shape).SerializeToString() + _DATA + varint(size)
+    return tag + varint(len(head) + size) + head
 
 
 def shape_from(message: pb.ModelShape) -> ModelShape:

@@ -153,11 +153,8 @@ class KVStoreServicer:
         querying, telemetry = self._sessions.querying, self._sessions.telemetry
         await AttendStream(querying, self._limits, call.tenant, self._admission, telemetry, outbox).run(receive)
 
-    async def Fetch(self, request: pb.FetchRequest, call: Call) -> AsyncIterator[pb.FetchResponse]:
-        async for response in fetch_responses(
-            self._sessions.querying, self._limits, call.tenant, request, call.deadline
-        ):
-            yield response
+    def Fetch(self, request: pb.FetchRequest, call: Call) -> AsyncIterator[pb.FetchResponse | bytes]:
+        return fetch_responses(self._sessions.fetching, self._limits, call.tenant, request, call.deadline)
 
     async def PutProjection(
         self, requests: AsyncIterator[pb.PutProjectionRequest], call: Call

@@ -17,7 +17,7 @@ from kvstore_kernels.cuda.pages import SignPages
 from kvstore_kernels.host import HostArray
 from kvstore_server.errors import FailedPrecondition
 from kvstore_server.memory.device import DeviceMemory
-from kvstore_server.memory.resident import Block, Blocks, ResidentSession
+from kvstore_server.memory.resident import Blocks, ResidentSession
 from kvstore_server.scheduling.completion import Later
 from kvstore_server.sessions.live import LiveSession
 from kvstore_server.sessions.model import AttendAnswer, Fidelity, Precision
@@ -329,15 +329,19 @@ def host_blocks(resident: ResidentSession, layer: int, start: int, end: int, pre
     return Blocks(resident.blocks(layer, start, end, _levels_of(precision)))
 
 
-def decoded(device: Device, block: Block, kind: Kind, dtype: torch.dtype) -> Tensor:
-    """A host block's keys or values [N, H, D]."""
-    rows = block.keys if kind == "keys" else block.values
-    if isinstance(rows, DenseRows):
-        return rows.data.to(dtype)
-    if isinstance(rows, projected.ProjectedRows):
-        return projected.decode(device.backend, rows).to(dtype)
-    assert isinstance(rows, SignRows)
-    return device.backend.to_host((device.backend.decode(rows, dtype),))()[0]
+def decoded(device: Device, blocks: Blocks, kind: Kind, dtype: torch.dtype) -> Fetch:
+    """Keys or values [N, H, D] of each host block."""
+    found = list[Tensor]()
+    for block in blocks:
+        rows = block.keys if kind == "keys" else block.values
+        if isinstance(rows, DenseRows):
+            found.append(rows.data.to(dtype))
+        elif isinstance(rows, projected.ProjectedRows):
+            found.append(projected.decode(device.backend, rows).to(dtype))
+        else:
+            assert isinstance(rows, SignRows)
+            found.append(device.backend.decode(rows, dtype))
+    return device.backend.to_host(found)
 
 
 def _levels_of(precision: Precision) -> dict[Kind, int]:

@@ -1,6 +1,6 @@
 """Plain values that cross the border between rpc and sessions."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -135,4 +135,4 @@ class FetchPart:
 class FetchAnswer:
     info: SessionInfo
     fit: Fit | None
-    parts: AsyncIterator[FetchPart]
+    parts: AsyncGenerator[FetchPart]

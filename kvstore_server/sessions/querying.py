@@ -1,21 +1,17 @@
-"""Score, TopK, Attend and Fetch: checked against the session, computed on the device thread over one prefix."""
+"""Score, TopK and Attend: checked against the session, computed on the device thread over one prefix."""
 
 import asyncio
 import weakref
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 from typing import TypeAlias
 
 import torch
 
-from kvstore_codecs.plan import Fit
-from kvstore_codecs.projected import ProjectedRows
-from kvstore_codecs.spec import KINDS, CodecSpec, Kind
-from kvstore_kernels import DenseRows, SignRows
 from kvstore_kernels.host import HostArray
-from kvstore_server.errors import FailedPrecondition, InvalidArgument
+from kvstore_server.errors import InvalidArgument
 from kvstore_server.limits import Limits
 from kvstore_server.memory.resident import ResidentSession
 from kvstore_server.scheduling.completion import Later, Promise, Told
@@ -25,8 +21,6 @@ from kvstore_server.sessions.attention import Device
 from kvstore_server.sessions.live import LiveSession
 from kvstore_server.sessions.model import (
     AttendAnswer,
-    FetchAnswer,
-    FetchPart,
     Fidelity,
     Precision,
     Query,
@@ -41,22 +35,6 @@ from kvstore_server.storage.meta import Floor
 
 Tell: TypeAlias = Callable[[AttendAnswer | None, BaseException | None], None]
 SCORE_TOKENS = 65_536
-WHOLE = (0, 0)
-"""The floor of a session that was not cut."""
-
-
-@dataclass(frozen=True)
-class FetchQuery:
-    """Positions [start, end) of some layers (all, if none is named), as stored or decoded to `dtype`."""
-
-    session: str
-    generation: str | None
-    layers: tuple[int, ...]
-    start: int
-    end: int
-    decoded: bool
-    dtype: torch.dtype | None
-    precision: Precision
 
 
 @dataclass(frozen=True)
@@ -84,6 +62,13 @@ class Prepared:
     repeats: bool
     key: Hashable
     """Of what one pass answers."""
+
+
+def check_layer(resident: ResidentSession, layer: int) -> None:
+    """InvalidArgument unless the session has it."""
+    if layer >= resident.shape.layers:
+        limit = resident.shape.layers
+        raise InvalidArgument("layer", f"{layer} is outside [0, {limit})", limit=limit)
 
 
 class Querying:
@@ -233,50 +218,6 @@ class Querying:
         self._quality.top_k(live, query, answer)
         return answer
 
-    async def fetch(self, tenant: str, query: FetchQuery, deadline: float) -> FetchAnswer:
-        """The rows of positions [start, end): what is stored, or vectors."""
-        if query.start > query.end:
-            raise InvalidArgument("token_start", f"{query.start} is beyond token_end {query.end}")
-        live, resident = await self._loaded(tenant, query.session, query.generation, query.end, deadline)
-        layers = query.layers or tuple(range(resident.shape.layers))
-        for layer in layers:
-            self._check_layer(resident, layer)
-            attention.effective(resident, layer, query.precision, live.state.floor)
-        if not query.decoded and live.state.floor != WHOLE:
-            raise FailedPrecondition("NO_LEVEL", "the session was cut to a level: fetch decoded vectors")
-        size = (query.end - query.start) * resident.shape.raw_bytes_per_token * len(layers) // resident.shape.layers
-        if size > self._limits.fetch_bytes_max:
-            limit = self._limits.fetch_bytes_max
-            raise InvalidArgument("token_end", f"{size} bytes are more than {limit} in one Fetch", limit=limit)
-        fit = live.fit if query.decoded else _fit_of(live, resident, query)
-        precision = attention.effective(resident, layers[0], replace(query.precision, required=False), live.state.floor)
-        bases = None if query.decoded else fit
-        parts = self._parts(tenant, resident, bases, replace(query, layers=layers, precision=precision), deadline)
-        return FetchAnswer(live.info(), fit, parts)
-
-    async def _parts(
-        self, tenant: str, resident: ResidentSession, fit: Fit | None, query: FetchQuery, deadline: float
-    ) -> AsyncIterator[FetchPart]:
-        cut = self._decoded if query.decoded else _stored
-        if fit is not None and resident.plan is not None:
-            for part in _bases(fit, resident.plan.spec, resident.shape.layers):
-                yield part
-        for layer in query.layers:
-            for kind in KINDS:
-
-                def work(layer: int = layer, kind: Kind = kind) -> list[FetchPart]:
-                    return cut(resident, query, layer, kind)
-
-                for part in await self._engine.run(work, deadline, "encode", tenant):
-                    yield part
-
-    def _decoded(self, resident: ResidentSession, query: FetchQuery, layer: int, kind: Kind) -> list[FetchPart]:
-        dtype = query.dtype or resident.dtype
-        return [
-            FetchPart(layer, kind, "rows", block.start, attention.decoded(self._device, block, kind, dtype))
-            for block in attention.host_blocks(resident, layer, query.start, query.end, query.precision)
-        ]
-
     async def _prepared(self, tenant: str, query: Query, deadline: float) -> tuple[LiveSession, attention.Prefix]:
         """The session, loaded up to the query's end, against which the query is checked."""
         self._check_rows(query)
@@ -291,7 +232,7 @@ class Querying:
         self._check_rows(query)
         tokens, heads, head_dim = query.q.shape
         shape = resident.shape
-        self._check_layer(resident, query.layer)
+        check_layer(resident, query.layer)
         if head_dim != shape.head_dim:
             raise InvalidArgument("q.shape", f"head_dim {head_dim} is not the session's {shape.head_dim}")
         if query.head_offset + heads > shape.query_heads:
@@ -335,53 +276,9 @@ class Querying:
             raise InvalidArgument(field, text, bound="topk_results_max", limit=limit)
 
     @staticmethod
-    def _check_layer(resident: ResidentSession, layer: int) -> None:
-        if layer >= resident.shape.layers:
-            limit = resident.shape.layers
-            raise InvalidArgument("layer", f"{layer} is outside [0, {limit})", limit=limit)
-
-    @staticmethod
     def _full(prefix: attention.Prefix, query: Query) -> torch.Tensor:
         return attention.full_heads(query.q, query.head_offset, prefix.resident.shape.query_heads)
 
     @staticmethod
     def _asked_heads(query: Query) -> slice:
         return slice(query.head_offset, query.head_offset + query.q.shape[1])
-
-
-def _fit_of(live: LiveSession, resident: ResidentSession, query: FetchQuery) -> Fit | None:
-    """What reads the sketches that are asked for; the newest if there are none."""
-    epochs = list(resident.sketched_ranges(query.start, query.end))
-    if len(epochs) > 1:
-        border = epochs[1][1]
-        text = f"sketches from {border} on are of another fit than those before: fetch them apart"
-        raise FailedPrecondition("SEVERAL_FITS", text, position=border)
-    return live.fits[live.fit_entries[epochs[0][0]].start] if epochs and live.fit_entries else live.fit
-
-
-def _bases(fit: Fit, spec: CodecSpec, layers: int) -> Iterator[FetchPart]:
-    """Every basis of the fit: bits are shared out over all layers, so a reader of one needs all."""
-    for kind in KINDS:
-        if (basis := fit.basis_of(kind)) is not None:
-            for row, layer in enumerate(spec.session_layers(kind, layers)):
-                yield FetchPart(layer, kind, "basis", 0, basis.matrix[row])
-                yield FetchPart(layer, kind, "weights", 0, basis.weights[row])
-
-
-def _stored(resident: ResidentSession, query: FetchQuery, layer: int, kind: Kind) -> list[FetchPart]:
-    if query.precision.keys_level or query.precision.values_level:
-        raise FailedPrecondition("NO_LEVEL", "packed sketches are sent whole; a level is for decoded vectors")
-    parts = []
-    for block in attention.host_blocks(resident, layer, query.start, query.end, query.precision):
-        rows = block.keys if kind == "keys" else block.values
-        if isinstance(rows, SignRows):
-            parts.append(FetchPart(layer, kind, "words", block.start, rows.signs.words))
-            parts.append(FetchPart(layer, kind, "scales", block.start, rows.signs.scales))
-        elif isinstance(rows, ProjectedRows):
-            nothing = torch.empty(len(rows.coordinates), 0, dtype=torch.int32)
-            parts.append(FetchPart(layer, kind, "words", block.start, nothing))
-            parts.append(FetchPart(layer, kind, "scales", block.start, rows.coordinates))
-        else:
-            assert isinstance(rows, DenseRows)
-            parts.append(FetchPart(layer, kind, "rows", block.start, rows.data))
-    return parts

@@ -13,6 +13,7 @@ from kvstore_server.sessions.appending import Appending
 from kvstore_server.sessions.attention import Device
 from kvstore_server.sessions.cooling import Cooling
 from kvstore_server.sessions.expiry import Expiry
+from kvstore_server.sessions.fetching import Fetching
 from kvstore_server.sessions.freshness import Freshness
 from kvstore_server.sessions.indexing import Indexing
 from kvstore_server.sessions.lifecycle import Lifecycle
@@ -34,7 +35,7 @@ FILL_RETRY_SECONDS = 5.0
 
 
 class SessionService:
-    """What rpc calls: `lifecycle`, `appending` and `querying` over one store, one index and one device."""
+    """What rpc calls: `lifecycle`, `appending`, `querying` and `fetching` over one store, one index and one device."""
 
     def __init__(
         self,
@@ -94,6 +95,7 @@ class SessionService:
             append_room,
         )
         self.querying = Querying(self.registry, engine, device, self.limits, self.quality)
+        self.fetching = Fetching(self.registry, engine, device, self.limits)
 
     @property
     def index_lag(self) -> int:

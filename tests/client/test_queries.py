@@ -143,6 +143,7 @@ async def test_sketches_come_with_the_exact_rows_before_them_and_the_fit(server:
         [(pb.PART_ROWS, 0, 4), (pb.PART_WORDS, 5, 6), (pb.PART_SCALES, 4, 6)],
         [(pb.PART_ROWS, 0, 4), (pb.PART_WORDS, 4, 6), (pb.PART_SCALES, 4, 5)],
         [(pb.PART_WORDS, 0, 10)],
+        [(pb.PART_ROWS, 11, 1)],
         [],
     ],
 )

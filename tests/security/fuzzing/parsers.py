@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from kvstore_codecs import artifact, resolve
 from kvstore_codecs.spec import KINDS
+from kvstore_proto import cut
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_server.errors import DataLoss, FailedPrecondition, InvalidArgument
 from kvstore_server.identity import api_keys
@@ -126,12 +127,12 @@ def index_value(data: bytes) -> object:
 
 def append_message(data: bytes) -> None:
     """As protobuf would read it, or not at all."""
-    cut = append_messages.parse_append(data)
+    found = append_messages.parse_append(data)
     whole = pb.AppendRequest.FromString(data)
-    if isinstance(cut, append_messages.CutFrame):
-        cut.head.data = bytes(cut.data)
-        cut = pb.AppendRequest(frame=cut.head)
-    assert cut == whole, "two readings of one message"
+    if isinstance(found, append_messages.CutFrame):
+        found.head.data = bytes(found.data)
+        found = pb.AppendRequest(frame=found.head)
+    assert found == whole, "two readings of one message"
 
 
 def codec_json(data: bytes) -> object:
@@ -197,6 +198,6 @@ PARSERS: dict[str, Parser] = {
             lambda data: api_keys.KeyRecord.model_construct(**json.loads(data)),
         ),
     ),
-    "Append message": Parser(append_message, (DecodeError,), (append_messages, "_varint", _endless_varint)),
+    "Append message": Parser(append_message, (DecodeError,), (cut, "read_varint", _endless_varint)),
     "codec": Parser(codec_json, (InvalidArgument, ValueError), (resolve, "check_spec", lambda spec, shape: None)),
 }
