@@ -103,7 +103,7 @@ struct Signs {
         metadata[pair] = ((own ^ own >> 1) & 0x55555555u) | 0x88888888u;
     }
 
-    // All of them are there now: the compiler moves no part of their making behind this.
+    // Asks the compiler to have all of them by now. The assembler still moves some of their last operations behind it.
     __device__ __forceinline__ void settle() {
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) asm volatile("" : "+r"(of[i][0]), "+r"(of[i][1]), "+r"(of[i][2]), "+r"(of[i][3]), "+r"(metadata[i / 2]));
