@@ -120,6 +120,12 @@ def exact_peers(tokens: int) -> Iterator[tuple[str, float]]:
             yield name, median_us(ops)
 
 
+def copy_us(moved: int) -> float:
+    """Microseconds of a plain copy that moves as many bytes, half of them read, half written."""
+    pairs = [torch.randint(256, (2, moved // 2), dtype=torch.uint8, device=DEVICE) for _ in range(sets_of(moved))]
+    return median_us([lambda p=p: p[1].copy_(p[0]) for p in pairs])
+
+
 def bench_attention(bench: Bench, tokens: int) -> None:
     """Scores, top-k and attention at the shape of the bars, one query token and eight workers' at once."""
     peers = dict(exact_peers(tokens))
@@ -128,6 +134,8 @@ def bench_attention(bench: Bench, tokens: int) -> None:
     for name, peer_us in peers.items():
         bench.add(f"exact fp16 {name}", f"{tokens:,} x 8 heads x 128", peer_us)
     stored = tokens * HEADS * 34
+    for name, moved in (("score", stored + tokens * HEADS * 8), ("attend", 2 * stored)):
+        bench.add(f"copy of as many bytes as {name}", shape, copy_us(moved), moved)
     for bits in (8, 12):
         keys = [sketch(tokens, 128, 256, HEADS, bits, values=False) for _ in range(sets_of(stored))]
         values = [sketch(tokens, 128, 256, HEADS, bits, values=True) for _ in range(sets_of(stored))]

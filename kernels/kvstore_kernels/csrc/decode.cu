@@ -6,9 +6,10 @@
 // exact or float32, so that one sum takes all groups; E's sums and differences are rounded to float16, far below what a sketch
 // loses. A slot is a word of bits, or for beta_g f_g a word of ones before the two halves that make up f_g.
 //
-// Hopper multiplies 64 tokens of a group of four warps at once and reads E from shared memory by itself. Elsewhere, and where E
-// does not fit shared memory, each warp multiplies by itself; two share their tokens and halve the channels, so that what is
-// read of E serves twice. Lanes hold the same of A and of the sums either way.
+// Hopper multiplies 64 tokens of a group of four warps at once and reads E from shared memory by itself. A group's other
+// instructions wait until its products are under way, so groups take turns at them: while one multiplies, the others prepare
+// or store. Elsewhere, and where E does not fit shared memory, each warp multiplies by itself; two share their tokens and halve
+// the channels, so that what is read of E serves twice. Lanes hold the same of A and of the sums either way.
 //
 // Grid (X, HEAD_DIM / CHANNELS, HEADS), WARP_GROUPS times four warps, each 16 tokens and CHANNELS channels; a group takes every
 // X WARP_GROUPSth run of 64 tokens. Its words arrive in the background a run ahead.
@@ -34,12 +35,17 @@
 #if RESIDENT && defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define WIDTH (CHANNELS == 128 ? 128 : 32)  // channels of a product of a group of warps
 #define TILES 1  // of 16 tokens, of a warp
-#define CHUNK 4  // slots multiplied at once
+#define CHUNK 8  // slots multiplied at once
+#define KEEP_MEANS (SLOTS <= CHUNK)  // in registers
+#define BEHIND (warp / 4 * 64)  // tokens, the block's first group of warps: every group takes as many turns
 #else
 #define TILES (SLICES % 2 ? 1 : 2)
 #define CHUNK 2
+#define KEEP_MEANS 0
+#define BEHIND 0
 #endif
 #define OWN_SLICES (SLICES / TILES)
+#define HALF (CHUNK < 4 ? CHUNK : 4)  // a head's slots are a multiple of it
 
 // Where the eight rows k of the factors of 32 channels lie, in u32.
 #define FACTORS (SLOTS * SLICES * 512)  // a part of a block's factors, in u32
@@ -96,20 +102,43 @@ struct Signs {
         const u32 own = __byte_perm(t >> 1 ? upper.y : upper.x, t >> 1 ? lower.y : lower.x, t & 1 ? 0x7632 : 0x5410);
         metadata[pair] = ((own ^ own >> 1) & 0x55555555u) | 0x88888888u;
     }
+
+    // Asks the compiler to have all of them by now. The assembler still moves some of their last operations behind it.
+    __device__ __forceinline__ void settle() {
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++) asm volatile("" : "+r"(of[i][0]), "+r"(of[i][1]), "+r"(of[i][2]), "+r"(of[i][3]), "+r"(metadata[i / 2]));
+    }
+};
+
+// Groups of warps one after another: each waits for the one before to let it pass.
+struct Turn {
+    int group = threadIdx.x >> 7;
+
+    __device__ __forceinline__ void await() const { asm volatile("bar.sync %0,256;" ::"r"(1 + group) : "memory"); }
+
+    __device__ __forceinline__ void pass() const {
+        asm volatile("bar.arrive %0,256;" ::"r"(group == WARP_GROUPS - 1 ? 1 : 2 + group) : "memory");
+    }
 };
 
 // The sums of a warp: lane (g, t) has of tokens g and g + 8 of a tile channels 32 (n / 4) + 8 t + 2 (n % 4) and the next.
 struct Sums {
     float of[TILES][OWN_SLICES * 4][4];
 
-    // Adds, or sets if `first`, the products of a chunk from slot `at` on.
-    __device__ __forceinline__ void take(const Signs (&signs)[TILES], const u32* factors, int at, bool first) {
+    // Adds, or sets if it is the first, the products of a chunk from slot `at` of `slots` on.
+    __device__ __forceinline__ void take(Signs (&signs)[TILES], const u32* factors, int at, int slots, Turn turn) {
+        const bool first = at == 0;
 #ifdef WIDTH
         // Shared memory in 16 bytes: where, from one 8 x 8 matrix to the next along rows of E, along channels.
         const u64 matrices = (u64)(shared_address(factors + PART(0, 4 * at)) >> 4) | (u64)(SLICES * 32) << 16 | (u64)8 << 32;
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        signs[0].settle();
+        turn.await();
 #pragma unroll
         for (int slot = 0; slot < CHUNK; slot++) {
+            if (slot % HALF == 0) {
+                if (slot && at + slot >= slots) break;
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+            }
 #pragma unroll
             for (int n = 0; n < SLICES * 4; n += WIDTH / 8) {
                 const u64 from = matrices + slot * SLICES * 128 + n * 8;
@@ -122,8 +151,9 @@ struct Sums {
                         multiply<0>(&of[0][n], signs[0].of[slot], signs[0].metadata[slot / 2], own, part || slot || !first);
                 }
             }
+            if (slot % HALF == HALF - 1) asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         }
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        turn.pass();
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #else
         factors += threadIdx.x & 31;
@@ -257,7 +287,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     int left = (int)tokens - start, buffer = 0;
     stage(left - seat, staged);
     if (SCALES == 1) load_scales(left - own, only_scale, next);
-    for (; left > 0; left -= step, buffer ^= 1) {
+    float means[OWN_SLICES][8];
+    auto load_means = [&](int slice) {
+        const float4* from = (const float4*)(own_mean + (place * OWN_SLICES + slice) * 32 + 8 * t);
+        *(float4*)means[slice] = from[0], *(float4*)(means[slice] + 4) = from[1];
+    };
+    const Turn turn;
+#pragma unroll
+    for (int slice = 0; slice < OWN_SLICES; slice++)
+        if (KEEP_MEANS) load_means(slice);
+#ifdef WIDTH
+    if (turn.group == WARP_GROUPS - 1) turn.pass();
+#endif
+    for (; left + BEHIND > 0; left -= step, buffer ^= 1) {
         u32 alpha[TILES][2];
 #pragma unroll
         for (int i = 0; i < TILES * 2; i++) alpha[i / 2][i % 2] = next[i / 2][i % 2];
@@ -270,12 +312,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const u32* row = staged + ((buffer - 2 * place) * TOKENS + g) * PITCH;
         Sums sums;
 #pragma unroll 1
-        for (int at = 0; at < slots; at += CHUNK) {
+        for (int at = 0; at < (SLOTS <= CHUNK ? SLOTS : slots); at += CHUNK) {  // of a single chunk `at` is a constant
             Signs signs[TILES];
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
                 for (int slot = 0; slot < CHUNK; slot += 2) {
+                    if (slot && slot % HALF == 0 && at + slot >= slots) break;
                     const u32* from = row + tile * 2 * TOKENS * PITCH + at + slot;
                     const uint2 upper = *(const uint2*)from, lower = *(const uint2*)(from + 8 * PITCH);
                     signs[tile].set_metadata(slot / 2, upper, lower);
@@ -285,23 +328,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     signs[tile].set_nonzeros(slot + 1, alpha[tile], upper.y, lower.y);
                 }
             }
-            sums.take(signs, (RESIDENT ? resident : factors) + PART(place * OWN_SLICES, 0), at, at == 0);
+            sums.take(signs, (RESIDENT ? resident : factors) + PART(place * OWN_SLICES, 0), at, slots, turn);
         }
         if (SCALES > 1) scale_row += step * scale_count;
 #pragma unroll
         for (int slice = 0; slice < OWN_SLICES; slice++) {
-            const float4* from = (const float4*)(own_mean + (place * OWN_SLICES + slice) * 32 + 8 * t);
-            const float4 mean_0 = from[0], mean_1 = from[1];
-            const float means[8] = {mean_0.x, mean_0.y, mean_0.z, mean_0.w, mean_1.x, mean_1.y, mean_1.z, mean_1.w};
+            if (!KEEP_MEANS) load_means(slice);
 #pragma unroll
             for (int i = 0; i < TILES * 2; i++) {
                 float x[8];
 #pragma unroll
-                for (int c = 0; c < 8; c++) x[c] = fmaf(sums.of[i / 2][slice * 4 + c / 2][i % 2 * 2 + c % 2], unit, means[c]);
+                for (int c = 0; c < 8; c++) x[c] = fmaf(sums.of[i / 2][slice * 4 + c / 2][i % 2 * 2 + c % 2], unit, means[slice][c]);
                 store_8(out_row + i * 8 * HEADS * HEAD_DIM * BYTES + slice * 32 * BYTES, x, own + i * 8 < left);
             }
         }
         out_row += (i64)step * HEADS * HEAD_DIM * BYTES;
         sync();
     }
+#ifdef WIDTH
+    if (turn.group == 0) turn.await();
+#endif
 }

@@ -17,8 +17,10 @@ SLOT_UNIT = 4
 """A head has so many slots or a multiple."""
 RUN = 64
 """Tokens of a group of four warps."""
-PLACES = ((128, 4, 1), (128, 3, 1), (96, 4, 1), (64, 4, 1), (32, 4, 1), (32, 1, 1), (32, 4, 0), (32, 1, 0))
+PLACES = ((128, 3, 1), (96, 4, 1), (64, 4, 1), (32, 4, 1), (32, 1, 1), (32, 4, 0), (32, 1, 0))
 """Channels and groups of warps of a block, whether factors lie in shared memory; best first."""
+PLACES_OF_WARPS = ((128, 4, 1), *PLACES)
+"""The same where warps multiply by themselves."""
 SHARED_MOST = 160 * 1024
 """Bytes that every device has."""
 LARGEST_FACTOR = 2.0**14
@@ -41,7 +43,7 @@ class Factors:
         return self.matrix.shape[3]
 
 
-def macros(expansion: Expansion, slots: int, dtype: torch.dtype) -> build.Macros:
+def macros(expansion: Expansion, slots: int, dtype: torch.dtype, device: torch.device) -> build.Macros:
     if dtype not in OUT_DTYPES:
         raise ValueError(f"dtype {dtype} is none of {', '.join(map(str, OUT_DTYPES))}")
     m = {
@@ -52,7 +54,7 @@ def macros(expansion: Expansion, slots: int, dtype: torch.dtype) -> build.Macros
         "PIECE": 4 if _in_fours(expansion) else 1,
         "OUT": OUT_DTYPES[dtype],
     }
-    for channels, warp_groups, resident in PLACES:
+    for channels, warp_groups, resident in PLACES if build.has_warpgroups(device) else PLACES_OF_WARPS:
         placed = {**m, "CHANNELS": channels, "WARP_GROUPS": warp_groups, "RESIDENT": resident}
         if m["HEAD_DIM"] % channels == 0 and shared_bytes(placed) <= SHARED_MOST:
             return placed
@@ -60,8 +62,9 @@ def macros(expansion: Expansion, slots: int, dtype: torch.dtype) -> build.Macros
 
 
 def variants(expansion: Expansion) -> Iterator[build.Variant]:
+    device = torch.device("cpu")
     for dtype in OUT_DTYPES:
-        m = macros(expansion, factors_of(expansion, torch.device("cpu")).slots, dtype)
+        m = macros(expansion, factors_of(expansion, device).slots, dtype, device)
         yield "decode", m, shared_bytes(m)
 
 
@@ -81,7 +84,7 @@ def decode(signs: Signs, expansion: Expansion, dtype: torch.dtype = torch.float3
             f"for a layout of {layout.words} words and {layout.scales} scales"
         )
     factors = factors_of(expansion, device)
-    m = macros(expansion, factors.slots, dtype)
+    m = macros(expansion, factors.slots, dtype, device)
     out = torch.empty(tokens, layout.heads, layout.head_dim, dtype=dtype, device=device)
     if not tokens:
         return out
