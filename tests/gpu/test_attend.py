@@ -140,6 +140,18 @@ def test_neither_a_second_run_nor_other_pages_change_a_bit() -> None:
         assert torch.equal(again[1], first[1])
 
 
+@pytest.mark.parametrize("workers", [1, 8])
+def test_splits_that_are_no_whole_rounds(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 12 pages."""
+    (keys, values), q = sketches(9000), queries(QJL, workers, 4)
+    monkeypatch.setattr(build, "multiprocessors", lambda _: 3)
+    out, lse = attend_rows(q, keys, values, sm_scale=0.125)
+    assert_attends((out, lse), q, keys, values, sm_scale=0.125)
+    alone = attend_rows(q[-1:], keys, values, sm_scale=0.125)
+    assert torch.equal(alone[0][0], out[-1])
+    assert torch.equal(alone[1][0], lse[-1])
+
+
 def test_half_results_are_the_float_results_rounded() -> None:
     keys, values = (on_pages(rows, values=kind) for rows, kind in zip(sketches(600), (False, True), strict=True))
     q = queries(QJL)

@@ -48,7 +48,9 @@ def without_warpgroups() -> Iterator[build.Variant]:
     """Attention on devices before Hopper."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "has_warpgroups", lambda _: False)
-        yield from (each for each in attend.variants(QJL, QJL, debias=False) if each[0] == "attend_many")
+        for soft_cap in (False, True):
+            variants = attend.variants(QJL, QJL, debias=False, soft_cap=soft_cap)
+            yield from ends(each for each in variants if each[0] == "attend_many")
 
 
 def encoding() -> Iterator[build.Variant]:
@@ -62,10 +64,14 @@ def encoding() -> Iterator[build.Variant]:
 
 VARIANTS = [
     *ends(attend.variants(QJL, QJL, debias=False)),
-    *list(attend.variants(OUTLIERS, AFFINE, debias=True))[:1],
+    *ends(attend.variants(QJL, QJL, debias=False, soft_cap=True)),
+    *ends(attend.variants(OUTLIERS, AFFINE, debias=True)),
+    *ends(attend.variants(FINE, FINE, debias=False)),
     *ends(attend.variants(FINE, DEEP, debias=True)),
-    *ends(without_warpgroups()),
+    *ends(attend.variants(FINE, DEEP, debias=True, soft_cap=True)),
+    *without_warpgroups(),
     *ends(score.variants(QJL)),
+    *ends(score.variants(QJL, soft_cap=True)),
     *list(score.variants(AFFINE))[-1:],
     *ends(score_at.variants(OUTLIERS)),
     *list(score_at.variants(AFFINE))[-1:],

@@ -26,7 +26,7 @@
 #if BLOCKS == 2
 #define BOUNDS TWO_BLOCKS
 #else
-#define BOUNDS __launch_bounds__(WARPS * 32)
+#define BOUNDS __launch_bounds__(WARPS * 32, 1)
 #endif
 
 extern "C" __global__ void BOUNDS

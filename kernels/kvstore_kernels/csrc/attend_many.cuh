@@ -188,7 +188,7 @@ __device__ __forceinline__ void score_page(Logits& x, const u8* keys, const u8* 
             float inner = fmaf(row.y, __int_as_float(own) - OFFSET, row.z);
             if (DEBIAS) inner = fmaf(alphas[c], row.w, inner);
             const float logit = fmaf(alphas[c], inner, row.x);
-            x[i][c] = SOFT_CAP ? cap * tanh_of(logit) : logit;
+            x[i][c] = SOFT_CAP ? capped(logit, cap) : logit;
         }
     }
 }

@@ -179,7 +179,7 @@ __device__ __forceinline__ float largest_of(float a, float b, float c, float d) 
 }
 
 __device__ __forceinline__ void score_page(Logits& x, const Choices& choices, const u8* keys, u64 queries, const float4* rows, const float* key_alphas, float cap) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = lane & 3, chunk = lane >> 2 & 3;
+    const int thread = thread_here(), lane = thread & 31, warp = thread >> 5, t = lane & 3, chunk = lane >> 2 & 3;
     const u8* from = keys + chunk * PIECE + t * 128 + (warp ^ (t | (chunk & 1) << 2)) * 16 + (lane >> 4) * 4;
     const int first = (warp >> 1 & 1) * 8;  // of its four tokens' second and third, of which this lane has one each
     int sums[2][QUERY_COLUMNS / 2];
@@ -220,7 +220,7 @@ __device__ __forceinline__ void score_page(Logits& x, const Choices& choices, co
             float inner = fmaf(row.y, (float)sums[n / 2][(i >> 1) * 4 + n % 2 * 2 + (i & 1)], row.z);
             if (DEBIAS) inner = fmaf(alphas[n], row.w, inner);
             const float logit = fmaf(alphas[n], inner, row.x);
-            x[n / 2][n % 2][i] = SOFT_CAP ? cap * tanh_of(logit) : logit;
+            x[n / 2][n % 2][i] = SOFT_CAP ? capped(logit, cap) : logit;
         }
     }
 }

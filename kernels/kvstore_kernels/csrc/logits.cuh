@@ -18,7 +18,8 @@
 #define KEY_SCALES (KEY_GROUPS * (1 + KEY_OFFSETS))
 
 // Two blocks of 8 warps on a multiprocessor, that leave registers for the kernel before: its last blocks then run beside them.
-#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1204
+// Before Hopper none does.
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1204 && __CUDA_ARCH__ >= 900
 #define TWO_BLOCKS __maxnreg__(120)
 #else
 #define TWO_BLOCKS __launch_bounds__(256, 2)
@@ -67,7 +68,8 @@ struct KeyWalk {
     }
 };
 
-__device__ __forceinline__ float tanh_of(float x) { return 1 - 2 / (1 + exp2_fast(x * 2.885390082f)); }
+// cap tanh(x log(2) / 2). Not by a division, whose slow path is a call: registers do not suffice around it.
+__device__ __forceinline__ float capped(float x, float cap) { return cap * (1 - 2 * inverse_fast(1 + exp2_fast(x))); }
 
 // The halves of a lane's scales of tokens token_of(lane, c, 0) and + 1.
 __device__ __forceinline__ u32 scale_pair(const u16* scales, int lane, int c) { return *(const u32*)(scales + token_of(lane, c, 0)); }
@@ -163,7 +165,7 @@ __device__ __forceinline__ void page_logits(PageLogits& x, const Ring& ring, con
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float sum = logit[i >> 1][i & 1];
-            x[c][i >> 1][i & 1] = SOFT_CAP ? cap * tanh_of(sum) : sum;
+            x[c][i >> 1][i & 1] = SOFT_CAP ? capped(sum, cap) : sum;
         }
     }
 }

@@ -1,7 +1,6 @@
 """Attention over stored sign sketches on device pages."""
 
 from collections.abc import Callable, Iterator
-from math import log
 
 import torch
 from torch import Tensor
@@ -9,13 +8,12 @@ from torch import Tensor
 from kvstore_kernels import build
 from kvstore_kernels.cuda.expand import expand
 from kvstore_kernels.cuda.pages import PAGE_TOKENS, DeviceExpansion, SignPages, on_device
-from kvstore_kernels.cuda.score import RING_BYTES, ROW_TILES, TILE_ROWS, row_tiles, split_pages
+from kvstore_kernels.cuda.score import LOG2_E, RING_BYTES, ROW_TILES, TILE_ROWS, row_tiles, split_pages
 from kvstore_kernels.shapes import query_group
 from kvstore_kernels.types import WORD_ROWS, Expansion
 
 WARPS = 8
 RING_PIECES = 8
-LOG2_E = 1 / log(2)
 FINE_ROWS = 3
 """Value rows a channel above which weights have 10 bits instead of 8: the sketch's own error is then below theirs."""
 SUMS_MOST = 8
@@ -76,13 +74,13 @@ def merge_macros(m: build.Macros, head_dim: int, dtype: torch.dtype, rows: int) 
 
 
 def variants(
-    keys: Expansion, values: Expansion, *, debias: bool, dtype: torch.dtype = torch.float32
+    keys: Expansion, values: Expansion, *, debias: bool, soft_cap: bool = False, dtype: torch.dtype = torch.float32
 ) -> Iterator[build.Variant]:
-    """For any number of query rows, without a soft cap."""
+    """For any number of query rows."""
     key_basis, value_basis = (on_device(expansion, torch.device("cpu")) for expansion in (keys, values))
     for tiles in ROW_TILES:
         rows = TILE_ROWS * tiles
-        m = macros(keys, values, key_basis, value_basis, rows, soft_cap=False, debias=debias)
+        m = macros(keys, values, key_basis, value_basis, rows, soft_cap=soft_cap, debias=debias)
         merging = merge_macros(m, values.layout.head_dim, dtype, rows)
         if m["ROW_TILES"] == tiles:
             yield name_of(m), m, shared_bytes(m)
@@ -214,14 +212,14 @@ def _splits(
     """Each split's sums over value rows [H, splits, R, width] and its other sums [H, splits, R, ..]."""
     pages, heads, device = keys.pages, len(key_basis.matrix), y.device
     page_first, page_end = pages.first // PAGE_TOKENS, -(-pages.end // PAGE_TOKENS)
-    split = split_pages(page_end - page_first, heads, device)
+    split = split_pages(page_end - page_first, heads, device, multiple=1)
     splits = -(-(page_end - page_first) // split)
     partials = torch.empty(heads, splits, rows, value_basis.width, dtype=torch.float32, device=device)
     sums = torch.empty(
         heads, splits, rows, 2 + m["VALUE_GROUPS"] * m["VALUE_OFFSETS"], dtype=torch.float32, device=device
     )
-    # Without a cap logits come in powers of two; with one, first as multiples of the cap.
-    unit, cap = (sm_scale / soft_cap, soft_cap * LOG2_E) if soft_cap else (sm_scale * LOG2_E, 0.0)
+    # In powers of two; with a cap, first as logits.cuh's `capped` takes them.
+    unit, cap = (2 * sm_scale / soft_cap * LOG2_E, soft_cap * LOG2_E) if soft_cap else (sm_scale * LOG2_E, 0.0)
     shared = shared_bytes(m)
     grid = (splits, heads, -(-rows // (TILE_ROWS * m["ROW_TILES"])))
     build.kernel(name_of(m), device, m, shared).launch(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from kvstore_kernels import build
-from kvstore_kernels.cuda.attend import LOG2_E
 from kvstore_kernels.cuda.expand import QUERY_DTYPES
+from kvstore_kernels.cuda.score import LOG2_E
 from kvstore_kernels.shapes import query_group
 
 SCORE_WARPS = 4

@@ -1,6 +1,7 @@
 """Estimated attention logits of stored sign sketches on device pages."""
 
 from collections.abc import Iterator
+from math import log
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ RING_BYTES = 8 * 1024
 TILE_ROWS = 4
 ROW_TILES = (1, 2, 4, 8)
 """That one block may take."""
+LOG2_E = 1 / log(2)
 ALIGNMENT = 8
 """Rows of `out` begin at multiples of this many numbers."""
 
@@ -43,12 +45,14 @@ def macros(
     }
 
 
-def variants(expansion: Expansion, dtype: torch.dtype = torch.float32) -> Iterator[build.Variant]:
-    """For any number of query rows, without a soft cap."""
+def variants(
+    expansion: Expansion, dtype: torch.dtype = torch.float32, *, soft_cap: bool = False
+) -> Iterator[build.Variant]:
+    """For any number of query rows."""
     units = on_device(expansion, torch.device("cpu")).units.shape[1]
     for tiles in ROW_TILES:
         for maxima in (False, True):
-            m = macros(expansion, units, TILE_ROWS * tiles, False, dtype, maxima=maxima)
+            m = macros(expansion, units, TILE_ROWS * tiles, soft_cap, dtype, maxima=maxima)
             yield "score", m, shared_bytes(m)
 
 
@@ -61,10 +65,10 @@ def shared_bytes(m: build.Macros) -> int:
     return planes + -(-constants // 16) * 16 + rows * 4 + WARPS * (RING_BYTES + 2 * scales)
 
 
-def split_pages(pages: int, heads: int, device: torch.device) -> int:
-    """Pages a split: fixed by how many there are, never by what else runs."""
+def split_pages(pages: int, heads: int, device: torch.device, *, multiple: int = WARPS) -> int:
+    """Pages a split, at least one a warp: fixed by how many there are, never by what else runs."""
     splits = BLOCKS * build.multiprocessors(device)
-    return max(1, -(-pages * heads // (splits * WARPS))) * WARPS
+    return max(WARPS, -(-pages * heads // (splits * multiple)) * multiple)
 
 
 def score(
@@ -130,6 +134,6 @@ def _launch(
     build.kernel("score", out.device, m, shared).launch(
         grid, WARPS * 32, shared, pages.slab, pages.table, basis.heads, basis.units, y, out, page_first, page_end,
         split, pages.first, pages.end, page_first * PAGE_TOKENS, out.shape[2], rows, query_heads, group, basis.length,
-        basis.width, sm_scale / soft_cap if soft_cap else sm_scale, float(soft_cap), maxima, groups,
+        basis.width, 2 * sm_scale / soft_cap * LOG2_E if soft_cap else sm_scale, float(soft_cap), maxima, groups,
         (4 * (page_end - page_first) // max(groups, 1)).bit_length() - 1, follows=True,
     )  # fmt: skip
