@@ -28,9 +28,9 @@ class HostArray(NamedTuple):
         return cls((tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy(), tensor.dtype)
 
     @classmethod
-    def read(cls, data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> "HostArray":
-        """Shares the memory of `data`, which has as many bytes as the shape says."""
-        return cls(np.frombuffer(data, NUMPY[dtype]).reshape(shape), dtype)
+    def read(cls, data: bytes, dtype: torch.dtype, shape: tuple[int, ...], start: int = 0) -> "HostArray":
+        """Shares the memory of `data`, which has from `start` on as many bytes as the shape says."""
+        return cls(np.ndarray(shape, NUMPY[dtype], data, start), dtype)
 
     @classmethod
     def joined(cls, parts: "list[HostArray]") -> "HostArray":

@@ -6,6 +6,7 @@ The fields are those that protobuf would write, in its order; what steps have in
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 
 import torch
 
@@ -31,17 +32,37 @@ _KINDS_MAX = 1024
 
 def encode_attended(request_id: int, answers: Sequence[AttendAnswer], lse_base: pb.LseBase.ValueType) -> bytes:
     """The AttendResponse of a step: the rows of its items, in their order."""
-    rows, first, factor = sum([len(answer.lse.array) for answer in answers]), answers[0], LSE_FACTORS[lse_base]
-    parts = [tensor_head(_OUT, first.out.dtype, (rows, *first.out.array.shape[1:]))]
+    out, factor = answers[0].out, LSE_FACTORS[lse_base]
+    shape = sum([len(answer.lse.array) for answer in answers]), *out.array.shape[1:]
+    items = tuple([(answer.generation, answer.length, answer.fidelity[:-1]) for answer in answers])
+    before_out, before_lse, *between = _frame(out.dtype, shape, lse_base, items)
+    parts = [_ID, varint(request_id), before_out]
     parts += [answer.out.array.tobytes() for answer in answers]
-    parts.append(tensor_head(_LSE, torch.float32, (rows, *first.lse.array.shape[1:])))
+    parts.append(before_lse)
     parts += [(answer.lse.array if factor == 1 else answer.lse.array * factor).tobytes() for answer in answers]
-    parts.append(_units(lse_base))
-    for answer in answers:
-        *worth, error = answer.fidelity
-        before, after = _item(answer.generation, answer.length, *worth)
-        parts += (before, _DOUBLE.pack(error), after)
-    return b"".join((_ID, varint(request_id), _RESULT, varint(sum(map(len, parts))), *parts))
+    for before, answer in zip(between, answers, strict=False):
+        parts += (before, _DOUBLE.pack(answer.fidelity.score_stderr))
+    parts.append(between[-1])
+    return b"".join(parts)
+
+
+@lru_cache(_KINDS_MAX)
+def _frame(
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    lse_base: pb.LseBase.ValueType,
+    items: tuple[tuple[str, int, tuple], ...],
+) -> list[bytes]:
+    """What is around the numbers: before out, before lse, before the standard error of each item, and at the end."""
+    rows, heads, _ = shape
+    frame = [tensor_head(_OUT, dtype, shape), tensor_head(_LSE, torch.float32, (rows, heads)), _units(lse_base)]
+    for generation, length, worth in items:
+        before, after = _item(generation, length, *worth)
+        frame[-1] += before
+        frame.append(after)
+    numbers = prod(shape) * dtype.itemsize + rows * heads * 4 + len(items) * _DOUBLE.size
+    frame[0] = _RESULT + varint(sum(map(len, frame)) + numbers) + frame[0]
+    return frame
 
 
 @lru_cache(_KINDS_MAX)

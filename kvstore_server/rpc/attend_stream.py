@@ -7,12 +7,11 @@ reads the stream, and its answer comes back as a callback.
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
 from typing import TypeAlias
 
-import torch
+from google.protobuf.message import DecodeError
 
 from kvstore_kernels.host import HostArray
 from kvstore_proto.v1 import kvstore_pb2 as pb
@@ -20,7 +19,9 @@ from kvstore_server.errors import DeadlineExceeded, InvalidArgument, KVStoreErro
 from kvstore_server.limits import Limits
 from kvstore_server.rpc import convert
 from kvstore_server.rpc.admission import STEP_RETRY_SECONDS, Admission
+from kvstore_server.rpc.attend_repeats import Repeats
 from kvstore_server.rpc.attend_replies import encode_attended
+from kvstore_server.rpc.attend_steps import Begin, Known, StepInFlight, Terms, asked_of
 from kvstore_server.rpc.outbox import Outbox
 from kvstore_server.rpc.status import code_name, status_of
 from kvstore_server.scheduling.completion import Told
@@ -28,39 +29,10 @@ from kvstore_server.sessions.model import AttendAnswer, Query
 from kvstore_server.sessions.querying import Prepared, Querying, Tell
 from kvstore_server.telemetry import Telemetry
 
-Receive: TypeAlias = Callable[[], Awaitable[pb.AttendRequest | None]]
-"""The next message; None at the end."""
+Receive: TypeAlias = Callable[[], Awaitable[bytes | None]]
+"""The bytes of the next AttendRequest; None at the end."""
 KNOWN_MAX = 1024
 """Kinds of items that a stream remembers: a few for each layer of each session."""
-
-
-@dataclass(slots=True)
-class StepInFlight:
-    """What is known of a step until it is answered, and what there is to undo when it is late or unwanted."""
-
-    request_id: int
-    lse_base: pb.LseBase.ValueType
-    timer: asyncio.TimerHandle
-    bytes: int
-    begun: float
-    missing: int
-    """Items without an answer."""
-    answers: dict[int, AttendAnswer] = field(default_factory=dict)
-    parts: "list[Told[AttendAnswer] | asyncio.Task[AttendAnswer]]" = field(default_factory=list)
-
-    def cancel(self) -> None:
-        self.timer.cancel()
-        for part in self.parts:
-            part.cancel()
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """Items that ask the same but for their numbers."""
-
-    prepared: Prepared
-    dtype: torch.dtype
-    shape: tuple[int, ...]
 
 
 class AttendStream:
@@ -79,13 +51,18 @@ class AttendStream:
         self._querying, self._limits, self._tenant, self._admission = querying, limits, tenant, admission
         self._turns, self._room = admission.turns(tenant), admission.pools["steps"].share(tenant)
         self._bound: dict[int, tuple[str, str]] = {}
-        self._known: dict[Hashable, Known] = {}
+        self._known: dict[Hashable, Prepared] = {}
+        """What items ask, whatever their numbers."""
+        self._repeats = Repeats[Known]()
         self._steps: dict[int, StepInFlight] = {}
         self._bytes = 0
         self._heard = monotonic()
         self._idle = asyncio.Event()
         self._idle.set()
         self._taking = asyncio.Event()
+        self._watch: asyncio.TimerHandle | None = None
+        self._watched = 0.0
+        """The deadline for which it is set."""
         outbox.taken = self._taken_up
 
     async def run(self, receive: Receive) -> None:
@@ -105,6 +82,8 @@ class AttendStream:
                 with suppress(asyncio.CancelledError):
                     await asyncio.gather(serving, return_exceptions=True)
             finally:  # no step comes in any more
+                if self._watch is not None:
+                    self._watch.cancel()
                 for request_id in list(self._steps):
                     self._drop(request_id)
                 self._outbox.close()
@@ -146,14 +125,22 @@ class AttendStream:
         return 0.0 if self._steps else monotonic() - self._heard
 
     async def _read(self, receive: Receive) -> None:
-        while (request := await receive()) is not None:
+        while (message := await receive()) is not None:
             while len(self._outbox) >= self._limits.attend_inflight_steps_max:
                 self._taking.clear()  # a client that only sends must not pile up answers here
                 await self._taking.wait()
             self._heard = monotonic()
+            if (found := self._repeats.find(message)) is not None:
+                request_id, data, known = found
+                self._start(request_id, known.terms, data, partial(self._repeat, message, known))
+                await asyncio.sleep(0)  # looking for its answer comes before asking for the next message
+                continue
+            request = _parsed(message)
             body = request.WhichOneof("body")
             if body == "step":
-                self._start(request.step)
+                step = request.step
+                terms = Terms(step.timeout_ms, step.lse_base, len(step.items))
+                self._start(step.request_id, terms, step.q.data, partial(self._begin, message, step))
             elif body == "bind":
                 self._outbox.put(await self._bind(request.bind))
             elif body == "cancel":
@@ -170,42 +157,48 @@ class AttendStream:
             info = await self._querying.bind(self._tenant, bind.session, generation)
             if self._bound.get(bind.handle) != (info.name, info.generation):
                 self._known.clear()
+                self._repeats.clear()
             self._bound[bind.handle] = (info.name, info.generation)
             return pb.AttendResponse(handle=bind.handle, bound=pb.AttendBound(session=convert.session_to(info)))
         except Exception as error:
             return pb.AttendResponse(handle=bind.handle, error=status_of(error))
 
-    def _start(self, step: pb.AttendStep) -> None:
-        begun, data, size = monotonic(), step.q.data, None
-        deadline = begun + step.timeout_ms / 1000
+    def _start(self, request_id: int, terms: Terms, data: bytes, begin: Begin) -> None:
+        begun, size = monotonic(), None
+        deadline = begun + terms.timeout_ms / 1000
         try:
-            self._admit(step, deadline)
+            self._admit(request_id, terms, deadline)
             self._room.take(len(data))
             size = len(data)
-            timer = asyncio.get_running_loop().call_later(step.timeout_ms / 1000, self._late, step)
-            flying = StepInFlight(step.request_id, step.lse_base, timer, size, begun, len(step.items))
-            self._steps[step.request_id] = flying
+            flying = StepInFlight(request_id, terms, size, begun, deadline, terms.items)
+            self._steps[request_id] = flying
             self._bytes += size
             self._idle.clear()
-            self._begin(flying, step, data, deadline)
+            begin(flying, data)
+            self._watch_for(deadline)
         except Exception as error:
             if size is not None:
-                if (flying := self._taken(step.request_id)) is None:
+                if (flying := self._taken(request_id)) is None:
                     return  # it was answered with an error of the device
                 flying.cancel()
-            self._outbox.put(self._refusal(step.request_id, error, begun), size)
+            self._outbox.put(self._refusal(request_id, error, begun), size)
 
-    def _begin(self, flying: StepInFlight, step: pb.AttendStep, data: bytes, deadline: float) -> None:
+    def _repeat(self, message: bytes, known: Known, flying: StepInFlight, data: bytes) -> None:
+        """A step of which all but q was looked at before."""
+        if len(data) != known.bytes:
+            raise InvalidArgument("step.q.data", f"{len(data)} bytes instead of {known.bytes}")
+        q = HostArray.read(data, known.dtype, known.shape)
+        tell = partial(self._told, flying, 0)
+        told = self._querying.attend_prepared(self._tenant, known.prepared, q, flying.deadline, tell)
+        if told is None:
+            self._begin(message, _parsed(message).step, flying, data)
+            return
+        flying.parts.append(told)
+        convert.check_finite(q, "step.q")  # while the device is busy with it
+
+    def _begin(self, message: bytes, step: pb.AttendStep, flying: StepInFlight, data: bytes) -> None:
         """Asks for the answers of all items; only those of sessions that are not loaded need a task."""
         items, shape = step.items, tuple(step.q.shape)
-        if len(items) == 1 and (known := self._known.get(_asked(step, items[0], shape))) is not None:
-            q = convert.read_floats(data, known.dtype, known.shape, "step.q")
-            tell = partial(self._told, flying, 0)
-            told = self._querying.attend_prepared(self._tenant, known.prepared, q, deadline, tell)
-            if told is not None:
-                flying.parts.append(told)
-                convert.check_finite(q, "step.q")  # while the device is busy with it
-                return
         convert.chosen(convert.LSE_FACTORS, step.lse_base, "step.lse_base")
         q = convert.host_from(step.q, "step.q", dims=3)
         rows = [item.rows for item in items]
@@ -215,8 +208,10 @@ class AttendStream:
         for place, (item, session) in enumerate(zip(items, sessions, strict=True)):
             part = HostArray(q.array[first : first + item.rows], q.dtype)
             tell = partial(self._told, flying, place)
-            flying.parts.append(self._answer_of(step, item, session, part, deadline, tell))
+            flying.parts.append(self._answer_of(step, item, session, part, flying.deadline, tell))
             first += item.rows
+        if len(items) == 1 and (prepared := self._known.get(asked_of(step, items[0], shape))) is not None:
+            self._repeats.keep(message, Known(flying.terms, prepared, q.dtype, shape, len(data)))
 
     def _answer_of(
         self,
@@ -228,10 +223,10 @@ class AttendStream:
         tell: Tell,
     ) -> "Told[AttendAnswer] | asyncio.Task[AttendAnswer]":
         """Steps differ in their numbers; what they ask is checked once, until the session changes."""
-        asked, debias = _asked(step, item, q.array.shape), step.debias if step.HasField("debias") else None
+        asked, debias = asked_of(step, item, q.array.shape), step.debias if step.HasField("debias") else None
         known = self._known.get(asked)
         if known is not None:
-            told = self._querying.attend_prepared(self._tenant, known.prepared, q, deadline, tell)
+            told = self._querying.attend_prepared(self._tenant, known, q, deadline, tell)
             if told is not None:
                 return told
         query = Query(
@@ -247,7 +242,7 @@ class AttendStream:
         if prepared is not None:
             while len(self._known) >= KNOWN_MAX:
                 del self._known[next(iter(self._known))]
-            self._known[asked] = Known(prepared, q.dtype, q.array.shape)
+            self._known[asked] = prepared
             told = self._querying.attend_prepared(self._tenant, prepared, q, deadline, tell)
             if told is not None:
                 return told
@@ -261,18 +256,18 @@ class AttendStream:
             raise NotFound("HANDLE_NOT_BOUND", f"handle {item.handle} is not bound", handle=item.handle)
         return self._bound[item.handle]
 
-    def _admit(self, step: pb.AttendStep, deadline: float) -> None:
+    def _admit(self, request_id: int, terms: Terms, deadline: float) -> None:
         """Raises if the step may not come in."""
         limits = self._limits
-        if len(step.items) > limits.attend_items_max:
+        if terms.items > limits.attend_items_max:
             limit = limits.attend_items_max
-            raise InvalidArgument("step.items", f"{len(step.items)} items are more than {limit}", limit=limit)
-        if step.request_id in self._steps:
-            raise InvalidArgument("step.request_id", f"{step.request_id} is in flight already")
-        if not 1 <= step.timeout_ms <= limits.deadline_seconds_max * 1000:
+            raise InvalidArgument("step.items", f"{terms.items} items are more than {limit}", limit=limit)
+        if request_id in self._steps:
+            raise InvalidArgument("step.request_id", f"{request_id} is in flight already")
+        if not 1 <= terms.timeout_ms <= limits.deadline_seconds_max * 1000:
             raise InvalidArgument(
                 "step.timeout_ms",
-                f"{step.timeout_ms} is outside [1, {limits.deadline_seconds_max * 1000}]",
+                f"{terms.timeout_ms} is outside [1, {limits.deadline_seconds_max * 1000}]",
                 limit=limits.deadline_seconds_max * 1000,
             )
         if len(self._steps) >= limits.attend_inflight_steps_max:
@@ -296,21 +291,35 @@ class AttendStream:
             flying.missing -= 1
             if flying.missing:
                 return
-        self._taken(request_id)
         if answer is None:
+            self._taken(request_id)
             flying.cancel()
             if not isinstance(error, Exception):
                 raise error or AssertionError("neither an answer nor an error")
             self._outbox.put(self._refusal(request_id, error, flying.begun), flying.bytes)
             return
         answers = [answer] if len(flying.answers) == 1 else [flying.answers[each] for each in sorted(flying.answers)]
-        self._outbox.put(encode_attended(request_id, answers, flying.lse_base), flying.bytes)
+        self._outbox.put(encode_attended(request_id, answers, flying.terms.lse_base), flying.bytes)
+        self._taken(request_id)
         self._telemetry.step("OK", monotonic() - flying.begun)
 
-    def _late(self, step: pb.AttendStep) -> None:
-        if self._drop(step.request_id):
-            late = DeadlineExceeded("DEADLINE", f"the step took longer than {step.timeout_ms} ms")
-            self._outbox.put(self._refusal(step.request_id, late, monotonic() - step.timeout_ms / 1000))
+    def _watch_for(self, deadline: float) -> None:
+        """One timer for all steps: most are answered long before it could end them."""
+        if self._watch is None or deadline < self._watched:
+            if self._watch is not None:
+                self._watch.cancel()
+            self._watched = deadline
+            left = max(deadline - monotonic(), 0.001)
+            self._watch = asyncio.get_running_loop().call_later(left, self._end_late)
+
+    def _end_late(self) -> None:
+        self._watch, now = None, monotonic()
+        for flying in [each for each in self._steps.values() if each.deadline <= now]:
+            self._drop(flying.request_id)
+            late = DeadlineExceeded("DEADLINE", f"the step took longer than {flying.terms.timeout_ms} ms")
+            self._outbox.put(self._refusal(flying.request_id, late, flying.begun))
+        if self._steps:
+            self._watch_for(min(each.deadline for each in self._steps.values()))
 
     def _refusal(self, request_id: int, error: Exception, begun: float) -> pb.AttendResponse:
         status = status_of(error)
@@ -318,18 +327,16 @@ class AttendStream:
         self._telemetry.step(code_name(status.code), monotonic() - begun, reason)
         return pb.AttendResponse(request_id=request_id, error=status)
 
-    def _drop(self, request_id: int) -> bool:
-        """Lets go of a step that nobody waits for; False if it was answered already."""
+    def _drop(self, request_id: int) -> None:
+        """Lets go of a step that nobody waits for, if it was not answered already."""
         flying = self._taken(request_id)
         if flying is not None:
             flying.cancel()
             self._let_go(flying.bytes)
-        return flying is not None
 
     def _taken(self, request_id: int) -> StepInFlight | None:
         flying = self._steps.pop(request_id, None)
         if flying is not None:
-            flying.timer.cancel()
             self._bytes -= flying.bytes
             if not self._steps:
                 self._heard = monotonic()
@@ -337,14 +344,11 @@ class AttendStream:
         return flying
 
 
-def _asked(step: pb.AttendStep, item: pb.AttendStep.Item, shape: tuple[int, ...]) -> Hashable:
-    """Equal for items that ask the same of rows of this shape."""
-    debias = step.debias if step.HasField("debias") else None
-    levels = None
-    if step.HasField("precision"):  # field by field: its bytes would have what somebody sends and nobody knows, too
-        levels = step.precision.keys_level, step.precision.values_level, step.precision.require_precision
-    what = step.layer, step.head_offset, step.refine, debias, levels, step.lse_base
-    return item.handle, item.end, item.rows, step.q.dtype, shape, what
+def _parsed(message: bytes) -> pb.AttendRequest:
+    try:
+        return pb.AttendRequest.FromString(message)
+    except DecodeError:
+        raise InvalidArgument("message", "the bytes are not a message of this method") from None
 
 
 def _tell_of(tell: Tell, task: "asyncio.Task[AttendAnswer]") -> None:

@@ -36,8 +36,8 @@ AUDITED = {"CreateSession", "UpdateSession", "DeleteSession", "ForkSession", "Pu
 TARGET_CHARACTERS_MAX = 128
 HANG_UP_SECONDS = 0.5
 SERVICE = kvstore_pb2.DESCRIPTOR.services_by_name["KVStoreService"]
-PARSERS: dict[str, Callable[[bytes], Any]] = {"Append": parse_append}
-"""Of messages that protobuf would parse too slowly."""
+PARSERS: dict[str, Callable[[bytes], Any]] = {"Append": parse_append, "Attend": bytes}
+"""Of messages that protobuf would parse too slowly, and of those that are parsed where they are known."""
 
 
 class SlowReader(DeadlineExceeded):

@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -78,8 +77,8 @@ class Engine:
         self._wake = threading.Condition()
         self._launching = threading.Lock()
         """Held by whoever gives the device work."""
-        self._at_once = Counter[Hashable]()
-        """Unfinished runs that event loops began, by key."""
+        self._at_once = list[Hashable]()
+        """Keys of the unfinished runs that event loops began."""
         self._open = True
         self.runs = 0
         self.run_items = 0
@@ -229,7 +228,7 @@ class Engine:
         """Launches work of one key from its event loop; False, if that takes more than a launch or somebody else's is
         under way."""
         key, at_once, now = due[0].key, due[0].at_once, monotonic()
-        full = self._at_once[key] >= AHEAD_MAX or self._at_once.total() >= AT_ONCE_MAX
+        full = self._at_once.count(key) >= AHEAD_MAX or len(self._at_once) >= AT_ONCE_MAX
         if at_once is None or full or not self._launching.acquire(blocking=False):
             return False
         waiting = [work.done for work in due]
@@ -243,7 +242,7 @@ class Engine:
             return True
         finally:
             self._launching.release()
-        self._at_once[key] += 1
+        self._at_once.append(key)
         run = Run("query", due[0].tenant, waiting, [now - work.queued_at for work in due], now, results)
         asyncio.get_running_loop().call_soon(self._look, run, key)
         return True
@@ -251,7 +250,7 @@ class Engine:
     def _look(self, run: Run, key: Hashable) -> None:
         """Answers what an event loop began, if the device has it; else looks again."""
         loop, ready = asyncio.get_running_loop(), run.results.ready
-        alone = self._at_once.total() == 1 and not self._lanes["query"]
+        alone = len(self._at_once) == 1 and not self._lanes["query"]
         until = run.begun + (STAY_SECONDS if alone else 0)
         try:
             while not (there := ready()) and monotonic() < until:
@@ -264,9 +263,7 @@ class Engine:
         if not there:
             loop.call_later(LOOK_AGAIN_SECONDS, self._look, run, key)
             return
-        self._at_once[key] -= 1
-        if not self._at_once[key]:
-            del self._at_once[key]
+        self._at_once.remove(key)
         self._finish(run, self._begin_next)
 
     def _begin_next(self) -> None:

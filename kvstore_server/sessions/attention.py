@@ -136,14 +136,16 @@ def _on_host(attended: Attended) -> AttendedHost:
 def _answers(prefix: Prefix, items: list[Item], attended: AttendedHost, kept: dict[Any, Any]) -> list[AttendAnswer]:
     """Each item's rows and heads of what was attended for all; `kept` is the prefix's."""
     out, lse, variances = attended
-    rows = None if variances is None else variances.array.tolist()
-    worth = _fidelities(prefix, [(len(item.q.array), item.heads) for item in items], rows, kept)
+    numbers = None if variances is None else variances.array.tolist()
     answers, first = list[AttendAnswer](), 0
-    for item, fidelity in zip(items, worth, strict=True):
-        own = slice(first, first + len(item.q.array)), item.heads
-        state = HostArray(out.array[own], out.dtype), HostArray(lse.array[own], lse.dtype)
+    for item in items:
+        rows, heads, state = len(item.q.array), item.heads, (out, lse)
+        fidelity = _fidelity(prefix, numbers and numbers[first : first + rows], heads, kept)
+        if (rows, heads.stop - heads.start) != lse.array.shape:
+            own = slice(first, first + rows), heads
+            state = HostArray(out.array[own], out.dtype), HostArray(lse.array[own], lse.dtype)
         answers.append(AttendAnswer(*state, item.live.generation, item.live.length, fidelity))
-        first = own[0].stop
+        first += rows
     return answers
 
 
@@ -235,7 +237,7 @@ def _logit_scale(prefix: Prefix) -> dict[str, float]:
 def fidelity(prefix: Prefix, q: Tensor, heads: slice) -> Fidelity:
     """What an answer over the prefix is worth; the levels are those really read."""
     noise = _noise(prefix, {})
-    return _fidelities(prefix, [(len(q), heads)], None if noise is None else noise.variance(q).tolist(), {})[0]
+    return _fidelity(prefix, None if noise is None else noise.variance(q).tolist(), heads, {})
 
 
 def _noise(prefix: Prefix, kept: dict[Any, Any]) -> ScoreNoise | None:
@@ -255,21 +257,17 @@ def _keys_level(prefix: Prefix) -> int:
     return min(prefix.precision.keys_level, _levels(prefix.resident.plan_of(prefix.layer, "keys")) - 1)
 
 
-def _fidelities(
-    prefix: Prefix, callers: list[tuple[int, slice]], variances: list[list[float]] | None, kept: dict[Any, Any]
-) -> list[Fidelity]:
-    """One for each caller, of so many rows of `variances` [T][Hq] and of these heads; `kept` is the prefix's."""
-    if WORTH not in kept:
-        kept[WORTH] = _worth(prefix)
-    worth, first = kept[WORTH], 0
+def _fidelity(prefix: Prefix, variances: list[list[float]] | None, heads: slice, kept: dict[Any, Any]) -> Fidelity:
+    """Of a caller's rows of `variances` [T][Hq], of which these heads are its own; `kept` is the prefix's."""
+    worth = kept.get(WORTH)
+    if worth is None:
+        worth = kept[WORTH] = _worth(prefix)
     if variances is None:
-        return [worth] * len(callers)
-    found = list[Fidelity]()
-    for count, heads in callers:  # a few numbers, for which tensors would take longer
-        own = [variance for row in variances[first : first + count] for variance in row[heads]]
-        found.append(worth._replace(score_stderr=prefix.resident.shape.sm_scale * sqrt(sum(own) / len(own))))
-        first += count
-    return found
+        return worth
+    own = variances[0][heads]  # a few numbers, for which tensors would take longer
+    for row in variances[1:]:
+        own += row[heads]
+    return Fidelity._make((*worth[:-1], prefix.resident.shape.sm_scale * sqrt(sum(own) / len(own))))
 
 
 def _worth(prefix: Prefix) -> Fidelity:

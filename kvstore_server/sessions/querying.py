@@ -126,9 +126,7 @@ class Querying:
         live, resident = loaded
         if prepared.live() is not live or prepared.resident() is not resident or prepared.floor != live.state.floor:
             return None
-        if self._quality.keeps(live, query):
-            tell = partial(self._sampled, live, query, q, tell)
-        told = Told(tell)
+        told = Told(partial(self._sampled, live, query, q, tell))
         self._attend(live, resident, prepared, q, deadline, told)
         return told
 

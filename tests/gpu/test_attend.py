@@ -180,7 +180,7 @@ def test_no_tokens_give_zero_and_minus_infinity() -> None:
 def test_a_result_over_other_tokens_is_merged_in(tokens: int) -> None:
     rows, q = sketches(tokens), queries(QJL)
     beside = normal(*q.shape, seed=8).to(q.device), normal(*q.shape[:2], seed=9).to(q.device)
-    out, lse = attend_rows(q, *rows, sm_scale=0.125, beside=beside)
+    out, lse = attend_rows(q, *rows, sm_scale=0.125, beside=lambda: beside)
     expected = merge_states([beside, attend_rows(q, *rows, sm_scale=0.125)])
     assert worst(out, expected[0]) <= 2e-6 * float(expected[0].abs().max())
     assert worst(lse, expected[1]) <= 1e-6 * (1 + float(expected[1].abs().max()))

@@ -1,7 +1,9 @@
 """Recordings without a device: a graph that only copies stands for one that was captured."""
 
+from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from kvstore_kernels.cuda.replay import Pinned, Recording
@@ -14,9 +16,9 @@ class CopyingGraph:
     recording: Recording
 
     def replay(self) -> None:
-        out, lse = self.recording.answer
-        out.tensor.copy_(self.recording.q.tensor + 1)
-        lse.tensor.copy_(self.recording.q.tensor.float().sum(2))
+        (q,), (out, lse) = self.recording.q.tensors, self.recording.answer.tensors
+        out.copy_(q + 1)
+        lse.copy_(q.float().sum(2))
 
 
 class Event:
@@ -28,9 +30,9 @@ class Event:
 
 
 def recording(rows: int, dtype: torch.dtype) -> Recording:
-    graph, q = CopyingGraph(), torch.zeros(rows, 2, 4, dtype=dtype)
-    answer = [Pinned(torch.empty_like(q)), Pinned(torch.empty(rows, 2))]
-    made = Recording(graph.replay, cast(Any, Event()), cast(Any, None), Pinned(q), answer)
+    graph, q, lse = CopyingGraph(), torch.zeros(rows, 2, 4, dtype=dtype), torch.empty(rows, 2)
+    pinned, answer = (Pinned(like, partial(np.zeros, dtype=np.uint8)) for like in ([q], [q, lse]))
+    made = Recording(graph.replay, cast(Any, Event()), cast(Any, None), pinned, answer)
     graph.recording = made
     return made
 

@@ -1,6 +1,6 @@
 """Attention over stored sign sketches on device pages."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -168,12 +168,12 @@ def attend(
     logit_soft_cap: float = 0.0,
     debias: float = 0.0,
     dtype: torch.dtype = torch.float32,
-    beside: tuple[Tensor, Tensor] | None = None,
+    beside: Callable[[], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Out [T, Hq, D] in `dtype` (float32 or float16) and natural-log lse float32 [T, Hq] of q [T, Hq, D].
 
-    `keys` and `values` hold the same positions. No positions give (0, -inf). `beside` is a float32 result over other
-    positions, and is merged in.
+    `keys` and `values` hold the same positions. No positions give (0, -inf). `beside()` is a float32 result over other
+    positions, which is merged in: asked for when the rest is under way.
     """
     pages, layout = keys.pages, keys.expansion.layout
     if (pages.first, pages.end) != (values.pages.first, values.pages.end):
@@ -185,7 +185,10 @@ def attend(
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if pages.first == pages.end or not rows:
-        return (out.zero_(), lse.fill_(-torch.inf)) if beside is None else (beside[0].to(dtype), beside[1])
+        if beside is None:
+            return out.zero_(), lse.fill_(-torch.inf)
+        out, lse = beside()
+        return out.to(dtype), lse
     key_basis, value_basis = on_device(keys.expansion, q.device), on_device(values.expansion, q.device)
     y = expand(q, key_basis)
     m = macros(
@@ -198,7 +201,7 @@ def attend(
         debias=bool(debias),
     )
     partials, sums = _splits(m, y, keys, values, key_basis, value_basis, rows, sm_scale, float(logit_soft_cap), debias)
-    _merge(partials, sums, value_basis, beside, out, lse, group, m)
+    _merge(partials, sums, value_basis, None if beside is None else beside(), out, lse, group, m)
     return out, lse
 
 

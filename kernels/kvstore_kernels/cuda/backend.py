@@ -106,19 +106,24 @@ class CudaBackend:
             kept[NOISE] = ScoreNoise(self._to_device(noise.form)).variance
 
         def attend_parts(on_device: Tensor) -> Attended:
-            state: State | None = None
-            variances: Tensor | None = None
-            stream = torch.cuda.current_stream(self.device)
-            if noise is not None:  # small kernels one after another: beside those of the attention
-                self._beside.wait_stream(stream)
-                with torch.cuda.stream(self._beside):
+            how, variances, dtype = (sm_scale, logit_soft_cap, debias), None, on_device.dtype
+            stream, others = torch.cuda.current_stream(self.device), list[State]()
+            self._beside.wait_stream(stream)
+            with torch.cuda.stream(self._beside):  # small kernels, which need not come before those of the last part
+                for keys, values in parts[:-1]:
+                    beside = others.pop if others else None
+                    others.append(self._attend(on_device, keys, values, *how, beside))
+                there = self._beside.record_event()
+                if noise is not None:
                     variances = kept[NOISE](on_device)
-            for keys, values in parts:
-                state = self._attend(on_device, keys, values, sm_scale, logit_soft_cap, debias, state)
-            assert state is not None
-            if noise is not None:
-                stream.wait_stream(self._beside)
-            return state[0].to(on_device.dtype), state[1], variances
+
+            def other() -> State:
+                stream.wait_event(there)
+                return others[0]
+
+            out, lse = self._attend(on_device, *parts[-1], *how, other if others else None, dtype)
+            stream.wait_stream(self._beside)
+            return out.to(dtype), lse, variances
 
         if all(_stays(rows) for part in parts for rows in part):
             key = sm_scale, logit_soft_cap, debias, noise is None
@@ -220,9 +225,13 @@ class CudaBackend:
         sm_scale: float,
         logit_soft_cap: float,
         debias: float,
-        beside: State | None,
+        beside: Callable[[], State] | None,
+        dtype: torch.dtype = torch.float32,
     ) -> State:
-        """Over rows anywhere; q is on the device. `beside` is a result over other rows, and is merged in."""
+        """Over rows anywhere; q is on the device. `beside()` is a result over other rows, and is merged in.
+
+        Out is of `dtype` or float32.
+        """
         if not isinstance(keys, SignPages) and not isinstance(values, SignPages):
             check_pair(keys, values)
         keys = self._placed(keys, values=False)
@@ -234,6 +243,7 @@ class CudaBackend:
                 sm_scale=sm_scale,
                 logit_soft_cap=logit_soft_cap,
                 debias=debias,
+                dtype=dtype if dtype == torch.float16 else torch.float32,
                 beside=beside,
             )
         if isinstance(values, DenseRows):
@@ -243,7 +253,7 @@ class CudaBackend:
             state = dense.attend(q, keys.data, values.data, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap)
         else:
             state = mixed.attend(q, keys, values, sm_scale=sm_scale, logit_soft_cap=logit_soft_cap, debias=debias)
-        return state if beside is None else merge_states([beside, state])
+        return state if beside is None else merge_states([beside(), state])
 
     def _begin_fetch(self, results: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
         copies = [self.pinned((*each.shape,), each.dtype) if each.is_cuda else each for each in results]

@@ -8,11 +8,12 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import prod
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvstore_kernels.backend import Attended, AttendedHost
@@ -44,7 +45,7 @@ class Answer:
                 recording, rows = self._recording, self._rows
                 if not self._is_there:
                     recording.done.synchronize()
-                out, lse, *variances = [each.rows(rows) for each in recording.answer]
+                out, lse, *variances = recording.answer.rows(rows)
                 self._answer = out, lse, variances[0] if variances else None
                 recording.asked = None
             return self._answer
@@ -55,28 +56,32 @@ class Answer:
 
 
 class Pinned:
-    """Host memory that recordings read and write, a few rows each: copied without letting go of the interpreter, which
-    torch and numpy would do for that long and wait for it after."""
+    """Host memory that recordings read and write, for tensors like these: copied at once and without letting go of the
+    interpreter, which torch and numpy would do for that long and wait for it after."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        host = HostArray.of(tensor)
-        self._dtype, self._rows_of = host.array.dtype, host.array.shape[1:]
-        self._bytes = host.array.data.cast("B")
-        self._row_bytes = len(self._bytes) // len(tensor)
+    def __init__(self, like: Sequence[Tensor], allocate: Callable[[int], NDArray[np.uint8]]) -> None:
+        starts = [0, *accumulate(part.nbytes for part in like)]
+        self.memory = allocate(starts[-1])
+        self._bytes = self.memory.data
+        whole = torch.from_numpy(self.memory)
+        self.tensors = [
+            whole[start : start + part.nbytes].view(part.dtype).view(part.shape)
+            for start, part in zip(starts, like, strict=False)
+        ]
+        self._parts = [(start, part.dtype, part.shape[1:]) for start, part in zip(starts, like, strict=False)]
 
     def fill(self, parts: Sequence[HostArray]) -> None:
-        """The first rows."""
+        """The first rows of the only tensor."""
         end = 0
         for part in parts:
             data = part.array.data.cast("B")
             begin, end = end, end + len(data)
             self._bytes[begin:end] = data
 
-    def rows(self, count: int) -> HostArray:
-        """A copy of the first rows."""
-        copied = np.frombuffer(bytes(self._bytes[: count * self._row_bytes]), self._dtype)
-        return HostArray(copied.reshape(count, *self._rows_of), self.tensor.dtype)
+    def rows(self, count: int) -> list[HostArray]:
+        """The first rows of each tensor, in a copy."""
+        copied = bytes(self._bytes)
+        return [HostArray.read(copied, dtype, (count, *shape), start) for start, dtype, shape in self._parts]
 
 
 @dataclass
@@ -84,8 +89,8 @@ class Recording:
     launch: Callable[[], object]
     done: torch.cuda.Event
     stream: torch.cuda.Stream
-    q: "Pinned"
-    answer: "list[Pinned]"
+    q: Pinned
+    answer: Pinned
     asked: Answer | None = None
     """What is still to be copied out."""
 
@@ -161,14 +166,15 @@ class Recorder:
         return made[-1].replay(parts, rows)
 
     def _record(self, rows: int, like: Tensor, attend: Callable[[Tensor], Attended]) -> Recording:
-        q = _pinned((rows, *like.shape[1:]), like.dtype).zero_()
+        pinned_q = Pinned([like.new_empty((rows, *like.shape[1:]))], _pinned)
+        q = pinned_q.tensors[0].zero_()
         like_answer = attend(q.to("cuda"))  # with this number of rows: what it compiles must be there
-        answer = [_pinned(part.shape, part.dtype) for part in like_answer if part is not None]
+        answer = Pinned([part for part in like_answer if part is not None], _pinned)
+        asked, answered = _mapped(pinned_q).view(q.dtype).view(q.shape), _mapped(answer)
 
         def run() -> None:
-            found = [part for part in attend(q.to("cuda", non_blocking=True)) if part is not None]
-            for host, device in zip(answer, found, strict=True):
-                host.copy_(device, non_blocking=True)
+            found = [part for part in attend(asked * 1) if part is not None]  # copied by a kernel
+            torch.cat([part.flatten().view(torch.uint8) for part in found], out=answered)
 
         self.recorded += 1
         if self._pool is None:
@@ -182,16 +188,32 @@ class Recorder:
             finally:
                 graph.capture_end()
         launch = _Launch(graph, self._stream)
-        return Recording(launch, torch.cuda.Event(), self._stream, Pinned(q), list(map(Pinned, answer)))
+        return Recording(launch, torch.cuda.Event(), self._stream, pinned_q, answer)
 
 
-def _pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _pinned(size: int) -> NDArray[np.uint8]:
     """Host memory that torch does not take back by itself, because it would then use the stream that was recorded."""
     from cupy.cuda import alloc_pinned_memory  # pyright: ignore[reportMissingImports]
 
-    size = prod(shape) * dtype.itemsize
-    memory = np.frombuffer(alloc_pinned_memory(size), np.uint8, size)
-    return torch.from_numpy(memory).view(dtype).view(*shape)
+    return np.frombuffer(alloc_pinned_memory(size), np.uint8, size)
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """Pinned memory, for torch to take for the device's own: kernels reach it over the bus, and much sooner than a copy
+    between them would have begun and ended."""
+
+    memory: NDArray[np.uint8]
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {"shape": self.memory.shape, "typestr": "|u1", "data": (self.memory.ctypes.data, False), "version": 3}
+
+
+def _mapped(pinned: Pinned) -> Tensor:
+    mapped = torch.as_tensor(_Mapped(pinned.memory), device="cuda")
+    assert mapped.data_ptr() == pinned.memory.ctypes.data, "a copy is not what is sent and answered"
+    return mapped
 
 
 def _rows(count: int) -> int:

@@ -20,11 +20,12 @@ from kvstore_codecs import artifact, resolve
 from kvstore_codecs.spec import KINDS
 from kvstore_proto import cut
 from kvstore_proto.v1 import kvstore_pb2 as pb
+from kvstore_proto.varint import read_varint
 from kvstore_server.errors import DataLoss, FailedPrecondition, InvalidArgument
 from kvstore_server.identity import api_keys
 from kvstore_server.metadata.index import Notice, PrefixEntry
 from kvstore_server.metadata.redis import RedisIndex
-from kvstore_server.rpc import append_messages, convert
+from kvstore_server.rpc import append_messages, attend_repeats, convert
 from kvstore_server.storage import container, meta, segment, segment_header
 
 from ...storage.inputs import SHAPE, commit_log, created, log_key
@@ -36,6 +37,15 @@ TIMES_INPUT_MAX = 4
 FIXED_BYTES = 256 << 10
 """For what does not depend on the input: errors with their tracebacks, validators' contexts."""
 SECONDS_MAX = 2.0
+STEP = pb.AttendRequest(
+    step=pb.AttendStep(
+        request_id=300,
+        timeout_ms=500,
+        items=[pb.AttendStep.Item(handle=1, end=9, rows=1)],
+        q=pb.Tensor(dtype=pb.DTYPE_FLOAT16, shape=[1, 1, 16], data=bytes(range(32))),
+        head_offset=1,
+    )
+)
 _INDEX = RedisIndex("redis://127.0.0.1:1/0")
 
 
@@ -135,6 +145,16 @@ def append_message(data: bytes) -> None:
     assert found == whole, "two readings of one message"
 
 
+def attend_message(data: bytes) -> None:
+    """As protobuf would read it, with all but its number and q's data as in what was kept, or not at all."""
+    repeats = attend_repeats.Repeats[bool]()
+    repeats.keep(STEP.SerializeToString(), True)
+    if (found := repeats.find(data)) is not None:
+        like = pb.AttendRequest.FromString(STEP.SerializeToString())
+        like.step.request_id, like.step.q.data = found[:2]
+        assert like == pb.AttendRequest.FromString(data), "two readings of one message"
+
+
 def codec_json(data: bytes) -> object:
     """As CreateSession checks it and appends use it. protobuf has seen to it that the text is UTF-8."""
     spec = convert.spec_from(data.decode("utf-8", "replace"))
@@ -148,6 +168,14 @@ def _endless_varint(message: bytes, at: int) -> tuple[int, int]:
         value |= (message[at + place] & 0x7F) << 7 * place
         place += 1
     return value | message[at + place] << 7 * place, at + place + 1
+
+
+def _trusting_begin(message: bytes) -> tuple[int, int] | None:
+    """Whatever size the step says it has."""
+    if len(message) < 32:
+        return None
+    _, begin = read_varint(message, 1)
+    return read_varint(message, begin + 1)
 
 
 def _header_beyond_the_end(head: memoryview) -> Any:
@@ -199,5 +227,6 @@ PARSERS: dict[str, Parser] = {
         ),
     ),
     "Append message": Parser(append_message, (DecodeError,), (cut, "read_varint", _endless_varint)),
+    "Attend message": Parser(attend_message, (), (attend_repeats, "_begun", _trusting_begin)),
     "codec": Parser(codec_json, (InvalidArgument, ValueError), (resolve, "check_spec", lambda spec, shape: None)),
 }

@@ -23,7 +23,7 @@ from kvstore_server.storage.segment import Segment, write_segment
 
 from ...storage.inputs import SHAPE, SPEC, commit_log, created, next_segment, object_bytes, random_fit
 from ...storage.memory_store import MemoryStore
-from .parsers import KEY_ID
+from .parsers import KEY_ID, STEP
 from .requests import append
 
 CODECS = (
@@ -137,6 +137,8 @@ def seeds_of(parser: str) -> list[bytes]:
     if parser == "Append message":
         other = pb.AppendRequest(frame=pb.AppendFrame(layer=1, data=b"x" * 9)).SerializeToString() + b"\xf8\x7f\x01"
         return [*(each.SerializeToString() for each in append("plain.0", 0, 1, 1)), other]
+    if parser == "Attend message":
+        return [STEP.SerializeToString()]
     made = {"projection": lambda: [_projection()], "API key record": lambda: [_key_record()]}
     made |= {"record": _records, "index value": _index_values}
     made["codec"] = lambda: [each.model_dump_json().encode() for each in CODECS]
