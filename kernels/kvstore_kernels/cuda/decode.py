@@ -15,6 +15,8 @@ SLICE = 32
 """Channels of a part of the factors."""
 SLOT_UNIT = 4
 """A head has so many slots or a multiple."""
+CHUNK = 8
+"""Slots that are multiplied at once, at most."""
 RUN = 64
 """Tokens of a group of four warps."""
 PLACES = ((128, 3, 1), (96, 4, 1), (64, 4, 1), (32, 4, 1), (32, 1, 1), (32, 4, 0), (32, 1, 0))
@@ -72,7 +74,8 @@ def shared_bytes(m: build.Macros) -> int:
     """What decode.cu lays out."""
     factors = m["RESIDENT"] * m["SLOTS"] * WORD_ROWS * m["CHANNELS"] * (2 if m["OUT"] else 4)
     staged = m["WARP_GROUPS"] * 2 * RUN * (m["SLOTS"] | 4)
-    return factors + 4 * (m["CHANNELS"] + staged + 3 + m["SLOTS"])
+    # The plan is last, filled up to a chunk: its scales are read in fours, also before it is known that no more are there.
+    return factors + 4 * (m["CHANNELS"] + staged + 3 + -(-m["SLOTS"] // CHUNK) * CHUNK)
 
 
 def decode(signs: Signs, expansion: Expansion, dtype: torch.dtype = torch.float32) -> Tensor:
