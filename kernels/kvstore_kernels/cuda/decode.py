@@ -74,7 +74,7 @@ def shared_bytes(m: build.Macros) -> int:
     """What decode.cu lays out."""
     factors = m["RESIDENT"] * m["SLOTS"] * WORD_ROWS * m["CHANNELS"] * (2 if m["OUT"] else 4)
     staged = m["WARP_GROUPS"] * 2 * RUN * (m["SLOTS"] | 4)
-    # The plan is last, filled up to a chunk: its scales are read in fours, also before it is known that no more are there.
+    # The plan is last, filled up to a chunk: scales are read in fours, also before it is known that no more are there.
     return factors + 4 * (m["CHANNELS"] + staged + 3 + -(-m["SLOTS"] // CHUNK) * CHUNK)
 
 
