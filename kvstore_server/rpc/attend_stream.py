@@ -23,7 +23,7 @@ from kvstore_server.rpc.attend_repeats import Repeats
 from kvstore_server.rpc.attend_replies import encode_attended
 from kvstore_server.rpc.attend_steps import Begin, Known, StepInFlight, Terms, asked_of
 from kvstore_server.rpc.outbox import Outbox
-from kvstore_server.rpc.status import code_name, status_of
+from kvstore_server.rpc.status import code_name, malformed, status_of
 from kvstore_server.scheduling.completion import Told
 from kvstore_server.sessions.model import AttendAnswer, Query
 from kvstore_server.sessions.querying import Prepared, Querying, Tell
@@ -348,7 +348,7 @@ def _parsed(message: bytes) -> pb.AttendRequest:
     try:
         return pb.AttendRequest.FromString(message)
     except DecodeError:
-        raise InvalidArgument("message", "the bytes are not a message of this method") from None
+        raise malformed() from None
 
 
 def _tell_of(tell: Tell, task: "asyncio.Task[AttendAnswer]") -> None:

@@ -27,7 +27,7 @@ from kvstore_server.rpc.admission import POOL_OF, Admission, Place
 from kvstore_server.rpc.append_messages import parse_append
 from kvstore_server.rpc.authentication import NEEDED, Authenticator, Call, check_role, presented
 from kvstore_server.rpc.outbox import Outbox
-from kvstore_server.rpc.status import abort
+from kvstore_server.rpc.status import abort, malformed
 from kvstore_server.telemetry import Outcome, Telemetry
 
 LOG = logging.getLogger(__name__)
@@ -268,5 +268,5 @@ def _serialized(response: Message | bytes) -> bytes:
 
 def _well_formed(request: Any) -> Any:
     if isinstance(request, Malformed):
-        raise InvalidArgument("message", "the bytes are not a message of this method")
+        raise malformed()
     return request

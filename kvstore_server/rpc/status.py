@@ -7,7 +7,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
-from kvstore_server.errors import KVStoreError, ResourceExhausted
+from kvstore_server.errors import InvalidArgument, KVStoreError, ResourceExhausted
 
 LOG = logging.getLogger(__name__)
 DOMAIN = "kvstore"
@@ -15,6 +15,11 @@ DETAILS_KEY = "grpc-status-details-bin"
 TEXT_CHARACTERS_MAX = 400
 FACT_CHARACTERS_MAX = 128
 """They may repeat what a caller sent. gRPC drops a status whose trailers are over 8 KiB, code and all."""
+
+
+def malformed() -> InvalidArgument:
+    """Of bytes that protobuf cannot read."""
+    return InvalidArgument("message", "the bytes are not a message of this method")
 
 
 def status_of(error: BaseException) -> status_pb2.Status:

@@ -173,6 +173,17 @@ async def test_a_draining_server_says_so_answers_what_it_has_and_ends_the_stream
     server.drain = lambda: asyncio.sleep(0, True)  # type: ignore[method-assign]
 
 
+async def test_bytes_that_are_no_message_end_a_stream_with_a_reason(server: Server) -> None:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        call: Any = channel.stream_stream("/kvstore_proto.v1.KVStoreService/Attend")()
+        await call.write(bind(1, "a").SerializeToString())
+        assert pb.AttendResponse.FromString(await asyncio.wait_for(call.read(), 10)).bound.session.length == 8
+        await call.write(step(7, (1, 8, 1)).SerializeToString()[:-1])
+        with pytest.raises(grpc.aio.AioRpcError, match="not a message of this method") as refused:
+            await asyncio.wait_for(call.read(), 10)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_bytes_that_are_no_message_are_an_invalid_argument(server: Server) -> None:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         garbage = channel.unary_unary("/kvstore_proto.v1.KVStoreService/GetSession")
